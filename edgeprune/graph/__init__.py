@@ -1,0 +1,214 @@
+"""Which channels must be removed together: run the network on channel identities.
+
+    graph = trace(model, torch.randn(1, 3, 224, 224))
+
+`record` runs the network once and writes down its operators; `labels` and the rules run those on ids; `groups` turns
+what must go together into channel groups; `layers` lists what a latency table has to know.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..errors import SurgeryError, TraceError
+from ..records import Block, ChannelGroup, FrozenChannels, Keep, Layer, Width
+from . import blocks as blocking
+from . import groups as grouping
+from . import layers as layering
+from .labels import Ids, Labels, Ledger
+from .record import Example, Recording, Ref, as_call, record
+from .rules import has_rule, run_labels
+from .run import Run, StateAxis
+
+__all__ = ["Example", "ModelGraph", "Trace", "as_call", "trace"]
+
+KERNEL = "positions of a convolution kernel"
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """The recording with the class of every position: what surgery needs besides the groups."""
+
+    recording: Recording
+    labels: dict[int, Labels]  # by value number
+    axes: tuple[StateAxis, ...]
+    classes: Ids  # class of each id, (ids,)
+    units: dict[str, Ids]  # group -> class of each unit, (width,)
+
+    def kept(self, keep: Keep) -> NDArray[np.bool_]:
+        """Whether each id stays under `keep`, (ids,)."""
+        alive = np.ones(int(self.classes.max(initial=-1)) + 1, dtype=bool)
+        for group, kept in keep.items():
+            alive[self.units[group]] = False
+            alive[self.units[group][list(kept)]] = True
+        return alive[self.classes]
+
+
+@dataclass(frozen=True, eq=False)
+class ModelGraph:
+    """A network's channel groups, frozen channels and layers."""
+
+    groups: tuple[ChannelGroup, ...]
+    frozen: tuple[FrozenChannels, ...]
+    layers: tuple[Layer, ...]
+    blocks: tuple[Block, ...]
+    fingerprint: str  # of the structure: plans made for another network are refused
+    total_params: int
+    prunable_params: int
+    prunable_weights: int  # of the convolution and linear weights
+    total_weights: int
+    total_macs: int
+    prunable_macs: int  # of layers whose input or output can be cut
+    notes: tuple[str, ...]
+    example: Example
+    trace: Trace
+
+    def group(self, group_id: str) -> ChannelGroup:
+        for group in self.groups:
+            if group.id == group_id:
+                return group
+        names = ", ".join(g.id for g in self.groups[:8])
+        raise SurgeryError(f"no channel group is called {group_id!r}; this network has {names} ...")
+
+
+def trace(model: nn.Module, example: Example, frozen: Sequence[str] = ()) -> ModelGraph:
+    """Find the channel groups of a network.
+
+    Args:
+        model: any module; it is not changed.
+        example: one input, batch first: a tensor, a tuple of arguments, or a dict of keywords.
+        frozen: module paths (or parameter names) whose channels must stay.
+    Raises:
+        TraceError: the network failed on the example, or holds nothing with parameters.
+    Source: after "run the network on channel identities", see README, "How channels are grouped".
+    """
+    recording = record(model, example, has_rule)
+    run = Run(recording, Ledger(), [], {})
+    run_labels(run)
+    _keep_outputs(run)
+    notes = _training_branches(model, example, run)
+    for name in frozen:
+        _freeze_module(run, name)
+    if not run.state_axes:
+        raise TraceError(f"{type(model).__name__} has no parameters that its forward pass uses: nothing to prune")
+    return _assemble(model, example, run, notes)
+
+
+def _keep_outputs(run: Run) -> None:
+    """What leaves the network keeps its channels: classes, boxes, masks."""
+    for ref in _leaves(run.recording.output):
+        run.ledger.freeze_all(run.of(ref), "the network's output")
+
+
+def _leaves(tree: object) -> list[Ref]:
+    leaves = torch.utils._pytree.tree_flatten(tree)[0]
+    return [leaf for leaf in leaves if isinstance(leaf, Ref)]
+
+
+def _training_branches(model: nn.Module, example: Example, run: Run) -> list[str]:
+    """Record the training-mode forward too when it uses parameters that evaluation does not (auxiliary heads)."""
+    used = {a.name for a in run.state_axes}
+    unused = [n for n, p in model.named_parameters() if p.is_floating_point() and max(p.shape, default=1) > 1]
+    unused = [n for n in unused if n not in used]
+    if not unused:
+        return []
+    try:
+        recording = record(model, _twice(example), has_rule, training=True)
+    except TraceError as error:
+        where = unused[0].rpartition(".")[0] or unused[0]
+        return [f"{len(unused)} parameters ({where} ...) are not used in evaluation and stay as they are: {error}"]
+    second = Run(recording, run.ledger, run.state_axes, run.state_labels)
+    run_labels(second)
+    _keep_outputs(second)
+    run.roles += second.roles
+    return [f"the training forward also uses {unused[0].rpartition('.')[0]} ...: it was traced as well"]
+
+
+def _twice(example: Example) -> Example:
+    """A batch of two: batch norm cannot be trained on one value a channel."""
+
+    def double(item: object) -> object:
+        return torch.cat([item, item]) if isinstance(item, Tensor) and item.dim() else item
+
+    args, kwargs = as_call(example)
+    return tuple(double(a) for a in args) if args else {k: double(v) for k, v in kwargs.items()}
+
+
+def _freeze_module(run: Run, name: str) -> None:
+    hits = [n for n in run.state_labels if n == name or n.startswith(f"{name}.")]
+    if not hits:
+        known = sorted({n.rpartition(".")[0] for n in run.state_labels})
+        raise TraceError(f"--frozen {name}: no module of that name has parameters; there are {', '.join(known)}")
+    for hit in hits:
+        run.ledger.freeze_all(run.state_labels[hit], f"frozen by request ({name})")
+
+
+# ---- putting it together -------------------------------------------------------------------------------------
+
+
+def _assemble(model: nn.Module, example: Example, run: Run, notes: list[str]) -> ModelGraph:
+    ledger, axes = run.ledger, tuple(run.state_axes)
+    classes = ledger.settle_grids()
+    groups, units, frozen = grouping.build(ledger, classes, axes, _roles(run))
+    owner = np.full(int(classes.max()) + 1, -1)  # class -> number of its group
+    for number, unit_classes in enumerate(units):
+        owner[unit_classes] = number
+    parameters = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    shapes = parameters | {n: tuple(b.shape) for n, b in model.named_buffers()}
+    prunable = grouping.prunable(axes, owner[classes] >= 0, shapes)
+    weights = {a.name for a in axes if a.name in parameters and len(shapes[a.name]) > 1}
+    layers = layering.extract(run, _widths(owner, classes, groups))
+    return ModelGraph(
+        groups=tuple(groups),
+        frozen=tuple(f for f in frozen if not f.reason.startswith(KERNEL)),
+        layers=tuple(layers),
+        blocks=tuple(blocking.find(run.recording, groups, layers)),
+        fingerprint=_fingerprint(groups, shapes),
+        total_params=sum(int(np.prod(s)) for s in parameters.values()),
+        prunable_params=sum(prunable[n] for n in parameters),
+        prunable_weights=sum(prunable[n] for n in weights),
+        total_weights=sum(int(np.prod(shapes[n])) for n in weights),
+        total_macs=sum(layer.macs for layer in layers),
+        prunable_macs=sum(x.macs for x in layers if x.in_width.terms or x.out_width.terms),
+        notes=tuple(notes),
+        example=example,
+        trace=Trace(run.recording, run.labels, axes, classes, {g.id: u for g, u in zip(groups, units)}),
+    )
+
+
+def _roles(run: Run) -> NDArray[np.str_]:
+    roles = np.full(run.ledger.count, "", dtype="<U5")
+    for ids, role in run.roles:
+        known = ids[ids >= 0].numpy()
+        roles[known] = np.where(roles[known] == "", role, roles[known])
+    return roles
+
+
+def _widths(owner: Ids, classes: Ids, groups: Sequence[ChannelGroup]) -> layering.WidthOf:
+    def width_of(ids: NDArray[np.int64]) -> Width:
+        owners = np.where(ids >= 0, owner[classes[ids]], -1)
+        numbers, counts = np.unique(owners, return_counts=True)
+        fixed = int(counts[numbers < 0].sum())
+        terms = [(groups[n].id, int(c) // groups[n].width) for n, c in zip(numbers, counts) if n >= 0]
+        return Width(fixed, tuple(terms))
+
+    return width_of
+
+
+def _fingerprint(groups: Sequence[ChannelGroup], shapes: dict[str, tuple[int, ...]]) -> str:
+    digest = hashlib.sha256()
+    for name, shape in sorted(shapes.items()):
+        digest.update(f"{name}{shape}".encode())
+    for group in groups:
+        digest.update(f"{group.id}:{group.width}".encode())
+        for member in group.members:
+            digest.update(f"{member.tensor}.{member.axis}".encode())
+            digest.update(member.positions.tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,114 @@
+"""Residual branches that can be dropped whole: what remains is the shortcut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..records import Block, ChannelGroup, Layer
+from .record import Op, Recording, Ref
+from .rules import name_of
+from .run import refs
+
+LAYERS = ("conv", "linear")  # prefixes of the operators that make a branch worth dropping
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The operators that work for one operand of an addition only, and the values they start from."""
+
+    ops: frozenset[int]
+    sources: frozenset[int]
+
+
+def find(recording: Recording, groups: Sequence[ChannelGroup], layers: Sequence[Layer]) -> list[Block]:
+    """Additions of a branch to what it started from (or to a projection of it), outermost operand first."""
+    readers = _readers(recording)
+    blocks = []
+    for at, op in enumerate(recording.ops):
+        operands = refs(op)
+        if name_of(op.func) != "add" or len(operands) != 2 or operands[0] == operands[1]:
+            continue
+        branches = [_exclusive(recording, readers, at, ref) for ref in operands]
+        dropped = _droppable(recording, operands, branches)
+        if dropped is None:
+            continue
+        tensors = _state(recording, branches[dropped])
+        inside = [g.id for g in groups if all(m.tensor in tensors for m in g.members)]
+        names = {t.rpartition(".")[0] for t in tensors}
+        if inside:
+            owned = tuple(dict.fromkeys(x.name for x in layers if x.name in names))
+            blocks.append(Block(_unique(op.module, blocks), at, dropped, tuple(inside), owned))
+    return blocks
+
+
+def _unique(module: str, blocks: Sequence[Block]) -> str:
+    taken = sum(1 for b in blocks if b.id.partition("+")[0] == module)
+    return module if not taken else f"{module}+{taken}"
+
+
+def branch_ops(recording: Recording, block: Block) -> frozenset[int]:
+    """The operators that dropping a block removes."""
+    ref = refs(recording.ops[block.op])[block.branch]
+    return _exclusive(recording, _readers(recording), block.op, ref).ops
+
+
+def branch_state(recording: Recording, block: Block) -> set[str]:
+    """Parameters and buffers that only the branch uses."""
+    ref = refs(recording.ops[block.op])[block.branch]
+    return _state(recording, _exclusive(recording, _readers(recording), block.op, ref))
+
+
+def _readers(recording: Recording) -> dict[int, set[int]]:
+    readers: dict[int, set[int]] = {}
+    for at, op in enumerate(recording.ops):
+        for ref in refs(op):
+            readers.setdefault(ref.value, set()).add(at)
+    for leaf in _output_values(recording):
+        readers.setdefault(leaf, set()).add(len(recording.ops))  # the caller reads it
+    return readers
+
+
+def _output_values(recording: Recording) -> set[int]:
+    probe = Op(None, (recording.output,), {}, (), "", False)  # type: ignore[arg-type]
+    return {ref.value for ref in refs(probe)}
+
+
+def _exclusive(recording: Recording, readers: dict[int, set[int]], addition: int, operand: Ref) -> Branch:
+    """Operators whose results only the operand needs, walking backwards from the addition."""
+    ops: set[int] = set()
+    for at in range(addition - 1, -1, -1):
+        outputs = [n for n in recording.ops[at].outputs if n >= 0]
+        used = set().union(*(readers.get(n, set()) for n in outputs))
+        direct = any(addition in readers.get(n, ()) and n != operand.value for n in outputs)
+        if used and used <= ops | {addition} and not direct:
+            ops.add(at)
+    made = {n for at in ops for n in recording.ops[at].outputs}
+    read = {ref.value for at in ops for ref in refs(recording.ops[at])}
+    values = recording.values
+    return Branch(frozenset(ops), frozenset(n for n in read - made if values[n].from_input))
+
+
+def _droppable(recording: Recording, operands: Sequence[Ref], branches: Sequence[Branch]) -> int | None:
+    """The operand whose branch can go: the longer one that starts where the other one starts."""
+    shapes = {recording.values[ref.value].shape for ref in operands}
+    if len(shapes) > 1:
+        return None
+    candidates = []
+    for here, other in ((0, 1), (1, 0)):
+        from_there = {operands[other].value} if not branches[other].ops else branches[other].sources
+        heavy = sum(
+            1 for at in branches[here].ops if name_of(recording.ops[at].func).startswith(LAYERS)
+        )
+        if heavy and len(branches[here].sources) == 1 and branches[here].sources == from_there:
+            candidates.append((heavy, here))
+    return max(candidates)[1] if candidates else None
+
+
+def _state(recording: Recording, branch: Branch) -> set[str]:
+    def used_by(ops: Sequence[int]) -> set[str]:
+        values = (recording.values[ref.value] for at in ops for ref in refs(recording.ops[at]))
+        return {v.name for v in values if v.source == "state"}
+
+    outside = [at for at in range(len(recording.ops)) if at not in branch.ops]
+    return used_by(sorted(branch.ops)) - used_by(outside)

@@ -1,0 +1,271 @@
+"""Channel identities: which parameter slice each position of a tensor stands or falls with.
+
+A `Label` of labels is an int64 array that broadcasts to its tensor's shape: size 1 along axes whose positions are
+alike, an id for each position along axes that carry channels. `FIXED` marks positions that always stay. A tensor has
+several labels when its positions depend on several channels at once (a weight on its outputs and its inputs); a
+position is removed when any of its ids is.
+
+`Ledger` collects what the operators demand: ids that are the same channel, ids that must stay, ids whose removal is
+not exact, and grids that must stay rectangular.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+FIXED = -1
+Shape = tuple[int, ...]
+Ids = NDArray[np.int64]
+
+
+def any_zero(flags: tuple[bool, ...]) -> bool:
+    """A product is zero where any factor is."""
+    return any(flags)
+
+
+@dataclass(frozen=True)
+class Label:
+    """Ids for the positions of one tensor."""
+
+    ids: Tensor  # int64, ndim of the tensor, size 1 along axes whose positions are alike
+    vanishes: bool  # with a channel's parameters at zero, its positions are exactly zero
+    copies: bool = False  # `expand` made the positions: there may be as few as the partner needs
+
+    def on(self, ids: Tensor) -> Label:
+        """The same label after its positions moved."""
+        return replace(self, ids=ids)
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes along which ids differ."""
+        return tuple(d for d, n in enumerate(self.ids.shape) if n > 1)
+
+
+Labels = tuple[Label, ...]
+Operand = tuple[Labels, Shape]
+
+
+def along(labels: Labels, axis: int) -> Label | None:
+    """The label that varies along `axis`, if any."""
+    return next((label for label in labels if axis in label.axes), None)
+
+
+def compress(full: Tensor) -> Tensor:
+    """Narrow axes whose positions are alike to size 1: first those with stride 0, then by comparing."""
+    for axis in range(full.dim()):
+        if full.shape[axis] > 1 and full.stride(axis) == 0:
+            full = full.narrow(axis, 0, 1)
+    for axis in range(full.dim()):
+        if full.shape[axis] > 1:
+            first = full.narrow(axis, 0, 1)
+            if bool((first == full.narrow(axis, 1, 1)).all()) and bool((first == full).all()):
+                full = first
+    return full
+
+
+@dataclass
+class Ledger:
+    """Everything the operators demanded of the ids."""
+
+    count: int = 0  # ids handed out
+    same: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    stay: list[tuple[Tensor, str]] = field(default_factory=list)
+    inexact: list[tuple[Tensor, str]] = field(default_factory=list)
+    grids: list[Tensor] = field(default_factory=list)
+    copied: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (ids of copies, ids they stand beside)
+
+    def fresh(self, size: int) -> Tensor:
+        """`size` new ids, shape (size,)."""
+        self.count += size
+        return torch.arange(self.count - size, self.count)
+
+    def unite(self, a: Tensor, b: Tensor, reason: str) -> None:
+        """Positions of `a` and `b` (broadcast together) are the same channel; a FIXED partner freezes the other."""
+        a, b = torch.broadcast_tensors(a, b)
+        a, b = a.reshape(-1), b.reshape(-1)
+        both = (a >= 0) & (b >= 0)
+        if bool(both.any()):
+            self.same.append((a[both], b[both]))
+        one = (a >= 0) ^ (b >= 0)
+        if bool(one.any()):
+            self.freeze(torch.maximum(a, b)[one], reason)
+
+    def freeze(self, ids: Tensor, reason: str) -> None:
+        ids = ids.reshape(-1)
+        ids = ids[ids >= 0]
+        if ids.numel():
+            self.stay.append((ids, reason))
+
+    def freeze_all(self, labels: Labels, reason: str) -> None:
+        for label in labels:
+            self.freeze(label.ids, reason)
+
+    def mark_inexact(self, ids: Tensor, reason: str) -> None:
+        self.inexact.append((ids.reshape(-1), reason))
+
+    def uniform(self, label: Label, axes: Sequence[int], reason: str) -> Label | None:
+        """`label` made alike along `axes`: ids that differ only there become one channel.
+
+        A label that varies along nothing else would become one single channel: it is frozen, and None returned.
+        """
+        varying = [d for d in axes if d in label.axes]
+        if not varying:
+            return label
+        if set(label.axes) <= set(varying):
+            self.freeze(label.ids, reason)
+            return None
+        first = label.ids
+        for axis in varying:
+            first = first.narrow(axis, 0, 1)
+        self.unite(label.ids, first, reason)
+        return label.on(first)
+
+    def uniform_all(self, labels: Labels, axes: Sequence[int], reason: str) -> Labels:
+        made = (self.uniform(label, axes, reason) for label in labels)
+        return tuple(label for label in made if label is not None)
+
+    # -- merging operands ------------------------------------------------------------------------------------
+
+    def merge(
+        self, operands: Sequence[Operand], vanishes: Callable[[tuple[bool, ...]], bool], reason: str
+    ) -> Labels:
+        """Labels of an element-wise result: operands' ids united position by position.
+
+        Args:
+            operands: labels and shape of each operand; shapes broadcast together.
+            vanishes: given which operands are zero at a removed channel, is the result zero?
+            reason: for channels that meet positions which always stay.
+        """
+        ndim = max((len(shape) for _, shape in operands), default=0)
+        aligned = [(_align(labels, ndim), _pad_shape(shape, ndim)) for labels, shape in operands]
+        aligned, result = self._settle_copies(aligned)
+        for cluster in _clusters([labels for labels, _ in aligned]):
+            merged = self._merge_cluster(cluster, aligned, reason)
+            if merged is not None:
+                zero = {owner: label.vanishes for owner, label in cluster}
+                flags = tuple(zero.get(owner, False) for owner in range(len(aligned)))
+                result.append(Label(merged, vanishes(flags)))
+        return tuple(result)
+
+    def _settle_copies(self, operands: list[Operand]) -> tuple[list[Operand], list[Label]]:
+        """Take copies out of the operands: they follow what they stand beside, or pass when nothing is there."""
+        passing: list[Label] = []
+        for at, (labels, _) in enumerate(operands):
+            for copy in (label for label in labels if label.copies):
+                others = [other for i, other in enumerate(operands) if i != at]
+                beside = [x for ls, _ in others for x in ls if set(x.axes) & set(copy.axes)]
+                self.copied += [(copy.ids, x.ids) for x in beside]
+                real = any(shape[axis] > 1 for _, shape in others for axis in copy.axes)
+                if not real:
+                    passing.append(copy)
+        return [(tuple(x for x in labels if not x.copies), shape) for labels, shape in operands], passing
+
+    def _merge_cluster(
+        self, cluster: list[tuple[int, Label]], operands: list[Operand], reason: str
+    ) -> Tensor | None:
+        owners = [owner for owner, _ in cluster]
+        axes = sorted({axis for _, label in cluster for axis in label.axes})
+        if len(set(owners)) < len(owners):
+            for _, label in cluster:
+                self.freeze(label.ids, reason)
+            return None
+        merged = cluster[0][1].ids
+        for _, label in cluster[1:]:
+            self.unite(merged, label.ids, reason)
+            merged, other = torch.broadcast_tensors(merged, label.ids)
+            merged = torch.maximum(merged, other)
+        for owner, (_, shape) in enumerate(operands):
+            if owner not in owners and any(shape[axis] > 1 for axis in axes):
+                self.freeze(merged, reason)
+        return merged
+
+    # -- running structure as it is --------------------------------------------------------------------------
+
+    def through(self, labels: Labels, shape: Shape, run: Callable[[Tensor], Any], reason: str) -> list[Labels]:
+        """Run a structural operator on each label of a tensor of `shape`; returns the labels of each output.
+
+        A label that is left with one single id stands for a position that was picked by its number: frozen.
+        """
+        outputs: list[list[Label]] = []
+        for label in labels:
+            results = run(label.ids.expand(shape))
+            results = [results] if isinstance(results, Tensor) else list(results)
+            outputs = outputs or [[] for _ in results]
+            for out, labels_out in zip(results, outputs, strict=True):
+                after = label.on(compress(out))
+                if not after.axes:
+                    self.freeze(after.ids, reason)
+                    continue
+                labels_out.append(after)
+                if len(after.axes) > len(label.axes):
+                    self.grids.append(after.ids)
+        return [tuple(o) for o in outputs]
+
+    # -- classes ---------------------------------------------------------------------------------------------
+
+    def classes(self) -> Ids:
+        """The class of each id, shape (count,): ids of one class go together."""
+        if not self.same:
+            return np.arange(self.count, dtype=np.int64)
+        a = torch.cat([x for x, _ in self.same]).numpy()
+        b = torch.cat([y for _, y in self.same]).numpy()
+        links = coo_matrix((np.ones(len(a), dtype=np.int8), (a, b)), shape=(self.count, self.count))
+        return connected_components(links, directed=False)[1].astype(np.int64)
+
+    def settle_grids(self) -> Ids:
+        """Unite until every grid is rectangular; returns the classes.
+
+        A channel axis that was split into a grid (heads x head width, groups x offset) must keep whole rows or
+        whole columns. What the operators did not decide is cut at equal offsets: along the last axis.
+        """
+        classes = self.classes()
+        for grid in self.grids:
+            table = np.where(grid.numpy() >= 0, classes[grid.numpy()], FIXED)
+            varying = [d for d in range(table.ndim) if (table != table.take([0], axis=d)).any()]
+            if len(varying) > 1:
+                self.uniform(Label(grid, False), varying[:-1], "positions of a grid that cannot stay rectangular")
+                classes = self.classes()
+        for copies, beside in self.copied:
+            if self._varies_with(classes, copies, beside):
+                self.unite(copies, beside, "copies beside positions that cannot be removed")
+        return self.classes() if self.copied else classes
+
+    def _varies_with(self, classes: Ids, copies: Tensor, beside: Tensor) -> bool:
+        table = np.where(beside.numpy() >= 0, classes[beside.numpy()], FIXED)
+        axes = Label(copies, False).axes
+        return any(table.shape[d] > 1 and bool((table != table.take([0], axis=d)).any()) for d in axes)
+
+
+def _pad_shape(shape: Shape, ndim: int) -> Shape:
+    return (1,) * (ndim - len(shape)) + shape
+
+
+def _align(labels: Labels, ndim: int) -> Labels:
+    return tuple(
+        label.on(label.ids.reshape((1,) * (ndim - label.ids.dim()) + tuple(label.ids.shape))) for label in labels
+    )
+
+
+def _clusters(operands: Sequence[Labels]) -> list[list[tuple[int, Label]]]:
+    """Layers of all operands, grouped by overlapping axes, each with the number of its operand."""
+    clusters: list[tuple[set[int], list[tuple[int, Label]]]] = []
+    for owner, labels in enumerate(operands):
+        for label in labels:
+            axes, members = set(label.axes), [(owner, label)]
+            apart = []
+            for other_axes, other in clusters:
+                if axes & other_axes:
+                    axes, members = axes | other_axes, other + members
+                else:
+                    apart.append((other_axes, other))
+            clusters = [*apart, (axes, members)]
+    return [members for _, members in clusters]

@@ -1,0 +1,136 @@
+"""The state of running a recording on labels: what each rule reads and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .labels import FIXED, Label, Labels, Ledger, Shape, along
+from .record import Op, Recording, Ref, Value
+
+
+@dataclass(frozen=True)
+class StateAxis:
+    """The ids `first <= id < first + size` are the slices of one axis of a parameter or buffer."""
+
+    name: str
+    axis: int
+    first: int
+    size: int
+
+
+@dataclass
+class Run:
+    """One recording on its way through the rules."""
+
+    recording: Recording
+    ledger: Ledger
+    state_axes: list[StateAxis]  # shared between the recordings of one network
+    state_labels: dict[str, Labels]  # likewise: a parameter has the same ids in each
+    roles: list[tuple[Tensor, str]] = field(default_factory=list)  # ids that a layer makes or reads
+    labels: dict[int, Labels] = field(default_factory=dict)  # by value number
+    module: str = ""  # where the current operator runs
+
+    def value(self, ref: Ref) -> Value:
+        return self.recording.values[ref.value]
+
+    def shape(self, ref: Ref) -> Shape:
+        return self.value(ref).shape
+
+    def of(self, ref: Any) -> Labels:
+        """The labels of an operand; parameters and floating-point buffers get theirs when first read."""
+        if not isinstance(ref, Ref):
+            return ()
+        value = self.value(ref)
+        if ref.value not in self.labels and value.source == "state" and value.dtype.is_floating_point:
+            self.labels[ref.value] = self._of_state(value)
+        return self.labels.get(ref.value, ())
+
+    def _of_state(self, value: Value) -> Labels:
+        if value.name not in self.state_labels:
+            made = []
+            for axis, size in enumerate(value.shape):
+                if size > 1:
+                    ids = self.ledger.fresh(size)
+                    self.state_axes.append(StateAxis(value.name, axis, int(ids[0]), size))
+                    shape = [1] * len(value.shape)
+                    shape[axis] = size
+                    made.append(Label(ids.reshape(shape), True))
+            self.state_labels[value.name] = tuple(made)
+        return self.state_labels[value.name]
+
+    def why(self, text: str) -> str:
+        return f"{text} (in {self.module})" if self.module else text
+
+    def play(self, ids: Tensor, role: str) -> None:
+        """Remember that a layer makes ("out") or reads ("in") these channels."""
+        self.roles.append((ids.reshape(-1), role))
+
+
+def arguments(op: Op) -> dict[str, Any]:
+    """The operator's arguments by the names of its schema, defaults filled in."""
+    bound: dict[str, Any] = {}
+    for position, spec in enumerate(op.func._schema.arguments):
+        if position < len(op.args):
+            bound[spec.name] = op.args[position]
+        elif spec.name in op.kwargs:
+            bound[spec.name] = op.kwargs[spec.name]
+        else:
+            bound[spec.name] = spec.default_value if spec.has_default_value() else None
+    return bound
+
+
+def refs(op: Op) -> list[Ref]:
+    """All tensor operands, in order, those inside lists too."""
+    found: list[Ref] = []
+
+    def visit(item: Any) -> None:
+        if isinstance(item, Ref):
+            found.append(item)
+        elif isinstance(item, (list, tuple)):
+            for inner in item:
+                visit(inner)
+        elif isinstance(item, dict):
+            for inner in item.values():
+                visit(inner)
+
+    visit(op.args)
+    visit(op.kwargs)
+    return found
+
+
+def ids_along(label: Label | None, axis: int, size: int) -> Tensor:
+    """The ids of a label that varies along `axis` alone, shape (size,); FIXED without one."""
+    if label is None:
+        return torch.full((size,), FIXED)
+    return label.ids.movedim(axis, 0).reshape(-1)
+
+
+def channel_ids(run: Run, labels: Labels, axis: int, size: int, reason: str) -> tuple[Tensor, Labels]:
+    """Split labels into the ids along a channel axis, shape (size,), and the labels along other axes."""
+    label = along(labels, axis)
+    rest = tuple(other for other in labels if other is not label)
+    if label is not None and len(label.axes) > 1:
+        label = run.ledger.uniform(label, [d for d in label.axes if d != axis], reason)
+    return ids_along(label, axis, size), rest
+
+
+def as_axis(ids: Tensor, axis: int, ndim: int, vanishes: bool) -> Labels:
+    """Labels that carry `ids` along one axis of a tensor with `ndim` axes; none where nothing can be cut."""
+    if ids.numel() < 2 or bool((ids < 0).all()):
+        return ()
+    shape = [1] * ndim
+    shape[axis] = ids.numel()
+    return (Label(ids.reshape(shape), vanishes),)
+
+
+def dims_of(dims: Any, ndim: int) -> list[int]:
+    """Dimension arguments (one, several, or None for all) as non-negative numbers."""
+    if dims is None or (isinstance(dims, Sequence) and not len(dims)):
+        return list(range(ndim))
+    numbers = [dims] if isinstance(dims, int) else list(dims)
+    return [d % ndim if ndim else 0 for d in numbers]
