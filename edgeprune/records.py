@@ -177,3 +177,53 @@ class Receipt:
     version: str
     sha256: str
     previous: str
+
+
+# ---- verification --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the caller asked for: one of the two."""
+
+    latency_ms: float | None
+    speedup: float | None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The exported network on the target against the torch module, on the same real inputs."""
+
+    images: int
+    max_difference: float  # largest absolute difference over the largest absolute output
+    same_class: float  # share of inputs with the same largest output
+    tolerance: float  # of max_difference, for the target's precision
+
+
+@dataclass(frozen=True)
+class NetworkCheck:
+    """One network on the target."""
+
+    latency: Timing
+    accuracy: Accuracy | None  # on the final split, by the target's runtime
+    agreement: Agreement
+    params: int
+    macs: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Dense beside pruned on the target. Whether it passed is computed: `verify.verdict(report)`."""
+
+    budget: Budget
+    accuracy_floor: float | None
+    predicted_ms: float
+    dense: NetworkCheck
+    pruned: NetworkCheck
+    speedup: float
+    speedup_low: float  # 95 % bootstrap interval
+    speedup_high: float
+    fingerprint: Fingerprint
+    state: DeviceState
+    notes: tuple[str, ...]

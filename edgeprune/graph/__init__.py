@@ -179,7 +179,7 @@ def _assemble(model: nn.Module, example: Example, run: Run, notes: list[str]) ->
         prunable_macs=sum(x.macs for x in layers if x.in_width.terms or x.out_width.terms),
         notes=tuple(notes),
         example=example,
-        trace=Trace(run.recording, run.labels, axes, classes, {g.id: u for g, u in zip(groups, units)}),
+        trace=Trace(run.recording, run.labels, axes, classes, {g.id: u for g, u in zip(groups, units, strict=True)}),
     )
 
 
@@ -196,7 +196,7 @@ def _widths(owner: Ids, classes: Ids, groups: Sequence[ChannelGroup]) -> layerin
         owners = np.where(ids >= 0, owner[classes[ids]], -1)
         numbers, counts = np.unique(owners, return_counts=True)
         fixed = int(counts[numbers < 0].sum())
-        terms = [(groups[n].id, int(c) // groups[n].width) for n, c in zip(numbers, counts) if n >= 0]
+        terms = [(groups[n].id, int(c) // groups[n].width) for n, c in zip(numbers, counts, strict=True) if n >= 0]
         return Width(fixed, tuple(terms))
 
     return width_of

@@ -24,7 +24,7 @@ class Branch:
 def find(recording: Recording, groups: Sequence[ChannelGroup], layers: Sequence[Layer]) -> list[Block]:
     """Additions of a branch to what it started from (or to a projection of it), outermost operand first."""
     readers = _readers(recording)
-    blocks = []
+    blocks: list[Block] = []
     for at, op in enumerate(recording.ops):
         operands = refs(op)
         if name_of(op.func) != "add" or len(operands) != 2 or operands[0] == operands[1]:
@@ -97,9 +97,7 @@ def _droppable(recording: Recording, operands: Sequence[Ref], branches: Sequence
     candidates = []
     for here, other in ((0, 1), (1, 0)):
         from_there = {operands[other].value} if not branches[other].ops else branches[other].sources
-        heavy = sum(
-            1 for at in branches[here].ops if name_of(recording.ops[at].func).startswith(LAYERS)
-        )
+        heavy = sum(1 for at in branches[here].ops if name_of(recording.ops[at].func).startswith(LAYERS))
         if heavy and len(branches[here].sources) == 1 and branches[here].sources == from_there:
             candidates.append((heavy, here))
     return max(candidates)[1] if candidates else None

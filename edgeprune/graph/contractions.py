@@ -101,9 +101,7 @@ def embedding(run: Run, op: Op) -> list[Labels]:
     """Rows are looked up by number, so they stay; the embedded axis is cut like any layer's output."""
     a = arguments(op)
     weight = a["weight"]
-    run.ledger.freeze_all(
-        tuple(label for label in run.of(weight) if 0 in label.axes), run.why("rows of an embedding")
-    )
+    run.ledger.freeze_all(tuple(label for label in run.of(weight) if 0 in label.axes), run.why("rows of an embedding"))
     ids = ids_along(along(run.of(weight), 1), 1, run.shape(weight)[1])
     run.play(ids, "out")
     ndim = len(run.recording.values[op.outputs[0]].shape)
@@ -220,9 +218,7 @@ def attention(run: Run, op: Op) -> list[Labels]:
     scores = product(run, q, (flipped, (*k[1][:-2], k[1][-1], k[1][-2])))
     mask = a["attn_mask"]
     if mask is not None:
-        merged = run.ledger.merge(
-            [scores, (run.of(mask), run.shape(mask))], any_zero, run.why("an attention mask")
-        )
+        merged = run.ledger.merge([scores, (run.of(mask), run.shape(mask))], any_zero, run.why("an attention mask"))
         scores = (merged, scores[1])
     keys = len(scores[1]) - 1
     weights = run.ledger.uniform_all(scores[0], [keys], run.why("softmax over this axis"))
@@ -242,7 +238,6 @@ def _repeat_heads(operand: Operand, heads: int) -> Operand:
     axis = len(shape) - 3
     repeats = heads // shape[axis]
     wide: Sequence[Label] = [
-        label.on(label.ids.repeat_interleave(repeats, axis)) if axis in label.axes else label
-        for label in labels
+        label.on(label.ids.repeat_interleave(repeats, axis)) if axis in label.axes else label for label in labels
     ]
     return tuple(wide), (*shape[:axis], heads, *shape[axis + 1 :])

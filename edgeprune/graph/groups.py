@@ -40,7 +40,8 @@ class Slices:
         hashed = _mix(self.axis[run].astype(np.uint64) << np.uint64(32) | count.astype(np.uint64))
         total = np.cumsum(hashed, dtype=np.uint64)
         last = np.append(np.searchsorted(run, self.first[1:]), len(run)) - 1
-        return np.diff(total[last], prepend=np.uint64(0))
+        sums: NDArray[np.uint64] = np.diff(total[last], prepend=np.uint64(0))
+        return sums
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -113,12 +114,12 @@ def _named(groups: list[ChannelGroup]) -> list[ChannelGroup]:
     modules = [group.id.rpartition(".")[0] or group.id for group in groups]
     several = Counter(modules)
     named = []
-    for group, module in zip(groups, modules):
+    for group, module in zip(groups, modules, strict=True):
         maker = next(m for m in group.members if m.tensor == group.id)
         named.append(module if several[module] == 1 else f"{module}[{maker.positions.min()}]")
     again = Counter(named)
     unique = [n if again[n] == 1 else f"{n}#{i}" for i, n in enumerate(named)]  # two axes of one tensor
-    return [replace(group, id=name) for group, name in zip(groups, unique)]
+    return [replace(group, id=name) for group, name in zip(groups, unique, strict=True)]
 
 
 def _frozen(stay: Ids, slices: Slices, reasons: list[str]) -> list[FrozenChannels]:

@@ -135,9 +135,7 @@ class Ledger:
 
     # -- merging operands ------------------------------------------------------------------------------------
 
-    def merge(
-        self, operands: Sequence[Operand], vanishes: Callable[[tuple[bool, ...]], bool], reason: str
-    ) -> Labels:
+    def merge(self, operands: Sequence[Operand], vanishes: Callable[[tuple[bool, ...]], bool], reason: str) -> Labels:
         """Labels of an element-wise result: operands' ids united position by position.
 
         Args:
@@ -169,9 +167,7 @@ class Ledger:
                     passing.append(copy)
         return [(tuple(x for x in labels if not x.copies), shape) for labels, shape in operands], passing
 
-    def _merge_cluster(
-        self, cluster: list[tuple[int, Label]], operands: list[Operand], reason: str
-    ) -> Tensor | None:
+    def _merge_cluster(self, cluster: list[tuple[int, Label]], operands: list[Operand], reason: str) -> Tensor | None:
         owners = [owner for owner, _ in cluster]
         axes = sorted({axis for _, label in cluster for axis in label.axes})
         if len(set(owners)) < len(owners):
@@ -219,7 +215,8 @@ class Ledger:
         a = torch.cat([x for x, _ in self.same]).numpy()
         b = torch.cat([y for _, y in self.same]).numpy()
         links = coo_matrix((np.ones(len(a), dtype=np.int8), (a, b)), shape=(self.count, self.count))
-        return connected_components(links, directed=False)[1].astype(np.int64)
+        found: Ids = connected_components(links, directed=False)[1].astype(np.int64)
+        return found
 
     def settle_grids(self) -> Ids:
         """Unite until every grid is rectangular; returns the classes.

@@ -35,6 +35,7 @@ def extract(run: Run, width_of: WidthOf) -> list[Layer]:
         if at in fused:
             continue
         name = name_of(op.func)
+        layer: Layer | None
         if name.startswith("conv"):
             layer = _conv(run, op, width_of, _follow(run, at, consumers, fused))
         elif name == "linear":
@@ -105,7 +106,9 @@ def _conv(run: Run, op: Op, width_of: WidthOf, chain: tuple[str, ...]) -> Layer:
     )  # fmt: skip
     macs = int(np.prod(kernel)) * x[axis] // groups * out[axis] * shape.batch
     macs *= int(np.prod(x[axis + 1 :] if transposed else out[axis + 1 :]))
-    return Layer(_owner(run, op, a["weight"]), shape, in_width, out_width, _groups_width(groups, in_width, x[axis]), macs)
+    return Layer(
+        _owner(run, op, a["weight"]), shape, in_width, out_width, _groups_width(groups, in_width, x[axis]), macs
+    )
 
 
 def _groups_width(groups: int, in_width: Width, in_ch: int) -> Width:

@@ -46,7 +46,8 @@ def layer_norm(run: Run, op: Op) -> list[Labels]:
     a = arguments(op)
     shape, count = run.shape(a["input"]), len(a["normalized_shape"])
     normalised = range(len(shape) - count, len(shape))
-    kept, rest = [], []
+    kept: list[Label] = []
+    rest: list[Label] = []
     for label in run.of(a["input"]):
         (kept if any(d in label.axes for d in normalised) else rest).append(label)
     outside = list(range(len(shape) - count))
@@ -140,9 +141,7 @@ def glu(run: Run, op: Op) -> list[Labels]:
     a = arguments(op)
     shape = run.shape(a["self"])
     axis = a["dim"] % len(shape)
-    halves = run.ledger.through(
-        run.of(a["self"]), shape, lambda full: full.chunk(2, axis), run.why("half of an axis")
-    )
+    halves = run.ledger.through(run.of(a["self"]), shape, lambda full: full.chunk(2, axis), run.why("half of an axis"))
     half = (*shape[:axis], shape[axis] // 2, *shape[axis + 1 :])
     operands = [(labels, half) for labels in halves]
     return [run.ledger.merge(operands, lambda zero: zero[0], run.why("gated by positions that stay"))]

@@ -168,10 +168,8 @@ def _failed_forward(
 class _Recorder(TorchDispatchMode):
     """Numbers tensors as they appear and appends an `Op` for each call."""
 
-    def __init__(
-        self, model: nn.Module, has_rule: Callable[[OpOverload[..., Any]], bool], training: bool
-    ) -> None:
-        super().__init__()
+    def __init__(self, model: nn.Module, has_rule: Callable[[OpOverload[..., Any]], bool], training: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recording = Recording(training=training)
         self.op_name = ""
         self._has_rule = has_rule
@@ -244,9 +242,7 @@ class _Recorder(TorchDispatchMode):
         path, first = self._stack.pop()
         call_args, call_kwargs = self._open_calls.pop()
         ops = self.recording.ops
-        self.recording.calls.append(
-            Call(path, call_args, call_kwargs, self._refs(_plain(output)), first, len(ops))
-        )
+        self.recording.calls.append(Call(path, call_args, call_kwargs, self._refs(_plain(output)), first, len(ops)))
 
     # -- operators -------------------------------------------------------------------------------------------
 

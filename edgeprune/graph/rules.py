@@ -116,8 +116,25 @@ RULES: dict[str, Rule] = {
 
 # not tagged as element-wise by PyTorch, though they are
 MORE_POINTWISE = frozenset(
-    "copy masked_fill where clamp hardtanh relu6 threshold hardswish hardsigmoid hardshrink softshrink softplus "
-    "celu selu rrelu log_sigmoid mish".split()
+    [
+        "copy",
+        "masked_fill",
+        "where",
+        "clamp",
+        "hardtanh",
+        "relu6",
+        "threshold",
+        "hardswish",
+        "hardsigmoid",
+        "hardshrink",
+        "softshrink",
+        "softplus",
+        "celu",
+        "selu",
+        "rrelu",
+        "log_sigmoid",
+        "mish",
+    ]
 )
 
 
@@ -165,5 +182,5 @@ def run_labels(run: Run) -> None:
 def _check(run: Run, number: int, labels: Labels, op: Op) -> None:
     shape = run.recording.values[number].shape
     for label in labels:
-        fits = label.ids.dim() == len(shape) and all(n in (1, s) for n, s in zip(label.ids.shape, shape))
+        fits = label.ids.dim() == len(shape) and all(n in (1, s) for n, s in zip(label.ids.shape, shape, strict=True))
         assert fits, f"{name_of(op.func)}: ids {tuple(label.ids.shape)} for a tensor of shape {shape}"

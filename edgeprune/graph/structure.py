@@ -154,7 +154,7 @@ def pad(run: Run, op: Op) -> list[Labels]:
     a = arguments(op)
     x = a.get("self") or a["input"]
     shape, amounts = run.shape(x), list(a["pad"])
-    padded = [len(shape) - 1 - i // 2 for i, n in enumerate(amounts) if n]
+    padded = sorted({len(shape) - 1 - i // 2 for i, n in enumerate(amounts) if n})
     zero = a.get("mode", "constant") == "constant" and not a.get("value")
     made: list[Label] = []
     for label in run.of(x):
@@ -207,7 +207,8 @@ def index(run: Run, op: Op) -> list[Labels]:
 
 
 def _indexed_axes(run: Run, indices: list[Ref | None]) -> list[int]:
-    axes, at = [], 0
+    axes: list[int] = []
+    at = 0
     for ref in indices:
         if ref is None:
             at += 1

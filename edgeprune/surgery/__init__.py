@@ -10,6 +10,7 @@ is used instead, with its sizes recomputed (`replay`).
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,13 +18,14 @@ from torch import Tensor, nn
 
 from ..errors import SurgeryError
 from ..graph import ModelGraph
-from ..graph.blocks import branch_state
-from ..records import Block, Keep
+from ..records import ChannelGroup, Keep
 from . import replay
+from .checks import check, dropped_blocks, only_cut
 from .fit import fits, set_sizes, slice_state
+from .masking import mask
 from .rewrite import Rewriter
 
-__all__ = ["cut", "dropped_blocks", "mask", "narrow", "positions"]
+__all__ = ["cut", "dropped_blocks", "mask", "narrow", "narrow_groups", "positions"]
 
 
 def cut(model: nn.Module, graph: ModelGraph, keep: Keep) -> nn.Module:
@@ -37,8 +39,8 @@ def cut(model: nn.Module, graph: ModelGraph, keep: Keep) -> nn.Module:
     Raises:
         SurgeryError: a group cut to nothing, units out of range, or a graph of another network.
     """
-    dropped = _check(model, graph, keep)
-    rewriter = Rewriter(graph, _without_dropped(keep))
+    dropped = check(model, graph, keep)
+    rewriter = Rewriter(graph, only_cut(keep))
     mode = model.training
     if not dropped:
         for use_attributes in (False, True):
@@ -58,57 +60,27 @@ def _sliced(model: nn.Module, graph: ModelGraph, rewriter: Rewriter) -> nn.Modul
     return module
 
 
-def _without_dropped(keep: Keep) -> Keep:
-    return {group: units for group, units in keep.items() if units}
-
-
-def _check(model: nn.Module, graph: ModelGraph, keep: Keep) -> tuple[Block, ...]:
-    """Refuse what makes no sense; returns the blocks to drop."""
-    have = {n: tuple(t.shape) for n, t in [*model.named_parameters(), *model.named_buffers()]}
-    for axis in graph.trace.axes:
-        if len(have.get(axis.name, ())) <= axis.axis or have[axis.name][axis.axis] != axis.size:
-            raise SurgeryError(
-                f"this plan belongs to another network: {axis.name} should have {axis.size} slices along axis "
-                f"{axis.axis}, the model has shape {have.get(axis.name)}. Trace this model and plan again."
-            )
-    for group_id, units in keep.items():
-        width = graph.group(group_id).width
-        if any(not 0 <= u < width for u in units) or list(units) != sorted(set(units)):
-            raise SurgeryError(f"group {group_id} has units 0 to {width - 1}; {units} is not an ascending choice")
-    return dropped_blocks(graph, keep)
-
-
-def dropped_blocks(graph: ModelGraph, keep: Keep) -> tuple[Block, ...]:
-    """The blocks that `keep` drops: those whose groups are all empty."""
-    empty = {group for group, units in keep.items() if not units}
-    dropped = tuple(b for b in graph.blocks if set(b.groups) <= empty)
-    left = empty - {g for b in dropped for g in b.groups}
-    if left:
-        raise SurgeryError(
-            f"group {sorted(left)[0]} would be cut to nothing; keep at least one unit, or empty all groups of a "
-            "residual block to drop the block"
-        )
-    return dropped
-
-
 def positions(graph: ModelGraph, keep: Keep) -> dict[tuple[str, int], Tensor]:
     """(tensor, axis) -> indices kept along it, for every axis that loses something."""
-    return Rewriter(graph, _without_dropped(keep)).positions
+    return Rewriter(graph, only_cut(keep)).positions
 
 
-def mask(model: nn.Module, graph: ModelGraph, keep: Keep) -> nn.Module:
-    """The oracle: a dense copy with every removed slice at zero. Its output must equal the cut network's."""
-    dropped = _check(model, graph, keep)
-    masked = copy.deepcopy(model)
-    state = dict([*masked.named_parameters(), *masked.named_buffers()])
-    with torch.no_grad():
-        for (name, axis), kept in positions(graph, keep).items():
-            gone = np.setdiff1d(np.arange(state[name].shape[axis]), kept.numpy())
-            state[name].index_fill_(axis, torch.from_numpy(gone), 0)
-        for block in dropped:
-            for name in branch_state(graph.trace.recording, block):
-                state[name].zero_()
-    return masked
+def narrow_groups(graph: ModelGraph, keep: Keep) -> list[ChannelGroup]:
+    """The channel groups as they stand in the cut network: units kept, positions counted there."""
+    kept = positions(graph, keep)
+    narrowed = []
+    for group in graph.groups:
+        units = np.array(keep.get(group.id, range(group.width)), dtype=int)
+        if not len(units):
+            continue
+        members = []
+        for member in group.members:
+            have = kept.get((member.tensor, member.axis))
+            where = member.positions[units]
+            where = where if have is None else np.searchsorted(have.numpy(), where)
+            members.append(replace(member, positions=where))
+        narrowed.append(replace(group, width=len(units), members=tuple(members)))
+    return narrowed
 
 
 def narrow(state: dict[str, Tensor], graph: ModelGraph, keep: Keep, next_keep: Keep) -> dict[str, Tensor]:
@@ -128,4 +100,3 @@ def narrow(state: dict[str, Tensor], graph: ModelGraph, keep: Keep, next_keep: K
             raise SurgeryError(f"{name}: a channel that was cut in an earlier step cannot come back")
         narrowed[name] = narrowed[name].index_select(axis, index)
     return narrowed
-

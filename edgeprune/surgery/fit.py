@@ -37,7 +37,7 @@ def slice_state(module: nn.Module, model: nn.Module, positions: Mapping[tuple[st
         source = originals[path]
         for key, old in source._parameters.items():
             if old is not None:
-                part._parameters[key] = new[id(old)]  # type: ignore[assignment]
+                part._parameters[key] = new[id(old)]
         for key, old_buffer in source._buffers.items():
             if old_buffer is not None:
                 part._buffers[key] = new[id(old_buffer)]

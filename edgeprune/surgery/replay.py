@@ -58,9 +58,7 @@ class BatchNorm(nn.Module):
         super().__init__()
         self.momentum, self.eps = momentum, eps
 
-    def forward(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor
-    ) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor) -> Tensor:
         return functional.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
 
 
@@ -78,7 +76,7 @@ def build(
     if dropped:  # a shortcut that is written in place would overwrite what others still read
         for part in root.modules():
             if hasattr(part, "inplace"):
-                part.inplace = False
+                setattr(part, "inplace", False)  # noqa: B010
     builder = _Builder(root, graph.example, rewriter, dropped)
     builder.doubled = _doubled(model, graph.example, rewriter.recording)
     return builder.build()
@@ -87,9 +85,7 @@ def build(
 class _Builder:
     """Walks the recording once and adds a node for each operator or whole module."""
 
-    def __init__(
-        self, root: nn.Module, example: Example, rewriter: Rewriter, dropped: tuple[Block, ...]
-    ) -> None:
+    def __init__(self, root: nn.Module, example: Example, rewriter: Rewriter, dropped: tuple[Block, ...]) -> None:
         self.root, self.example, self.rewriter = root, example, rewriter
         self.recording: Recording = rewriter.recording
         self.doubled: Recording | None = None
@@ -299,9 +295,7 @@ def _doubled(model: nn.Module, example: Example, recording: Recording) -> Record
 
     args, kwargs = as_call(example)
     try:
-        larger = record(
-            model.eval(), tuple(map(twice, args)) or {k: twice(v) for k, v in kwargs.items()}, has_rule
-        )
+        larger = record(model.eval(), tuple(map(twice, args)) or {k: twice(v) for k, v in kwargs.items()}, has_rule)
     except TraceError:
         return None
     same = [op.func for op in larger.ops] == [op.func for op in recording.ops]

@@ -1,0 +1,130 @@
+"""The whole job as one call, for people who have their own training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import pipeline, runs, store, target
+from .config import CompressSection
+from .errors import BudgetError, UsageError
+from .graph import Example
+from .pipeline import Asked, Outcome
+from .records import Budget
+from .runs import Run
+from .target import Target
+from .task import Callables
+from .watch import Watch
+
+
+def compress(
+    model: nn.Module,
+    example: Example,
+    target: str | Target = "cpu",
+    latency_ms: float | None = None,
+    speedup: float | None = None,
+    train: Callable[[nn.Module], object] | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    batches: Callable[[], Iterable[tuple[Tensor, Tensor]]] | None = None,
+    run: str | Path | None = None,
+    resume: bool = False,
+    targets: Mapping[str, Mapping[str, Any]] | None = None,
+    watch: Watch | None = None,
+    **settings: Any,
+) -> Outcome:
+    """Prune `model` to a latency measured on `target`, with your own training loop.
+
+    Args:
+        model: a trained network; it is not changed.
+        example: one input, batch first: a tensor, a tuple of arguments, or a dict of keywords.
+        target: "cpu", a name in `targets`, or an open target.
+        latency_ms, speedup: the budget, one of them.
+        train: trains a network in place; called after each step's cut.
+        evaluate: judges a network (0..1, larger is better), on data that may guide choices.
+        batches: returns some (inputs, labels), to re-estimate batch norm on.
+        run: a folder for the run's files; default: the next one in runs/.
+        resume: go on in that folder.
+        targets: [target.*] sections by name, as in edgeprune.toml.
+        settings: the other keys of [compress]: steps, importance, strategy, protected, min_width ...
+    Raises:
+        UnreachableBudget: before any training, with the fastest this device can be.
+    """
+    section = CompressSection.model_validate({**settings, "latency_ms": latency_ms, "speedup": speedup})
+    opened = target if not isinstance(target, str) else _open(target, targets or {})
+    folder = Path(run) if run is not None else next_run(Path("runs"))
+    try:
+        return pipeline.compress(
+            model,
+            example,
+            opened,
+            Callables(train, evaluate, batches),
+            asked(section),
+            Run(folder),
+            store.Store(store.default_path()),
+            watch,
+            resume,
+        )
+    finally:
+        if isinstance(target, str):
+            opened.close()
+
+
+def load(run: str | Path, model: nn.Module) -> nn.Module:
+    """Rebuild a finished run's pruned network from the original class; `model`'s own weights do not matter.
+
+    Raises:
+        RunError: the run is not finished, damaged, or was made from another network.
+    """
+    return runs.load_model(Run(Path(run)), model)
+
+
+def asked(section: CompressSection) -> Asked:
+    """What a [compress] section asks for; raises BudgetError unless it holds one sensible budget."""
+    return Asked(
+        budget=budget(section.latency_ms, section.speedup),
+        strategy=section.strategy,
+        importance=section.importance,
+        steps=section.steps,
+        protected=section.protected,
+        min_width=section.min_width,
+        drop_blocks=section.drop_blocks,
+        accuracy_floor=section.accuracy_floor,
+        seed=section.seed,
+    )
+
+
+def budget(latency_ms: float | None, speedup: float | None) -> Budget:
+    if (latency_ms is None) == (speedup is None):
+        raise BudgetError("give one budget: a latency in milliseconds (--latency-ms 8) or a speed-up (--speedup 2)")
+    if latency_ms is not None and not latency_ms > 0:
+        raise BudgetError(
+            f"a budget of {latency_ms:g} ms makes no sense; it is the median latency of one input, above 0"
+        )
+    if speedup is not None and not speedup > 1:
+        raise BudgetError(f"a speed-up of {speedup:g} asks for nothing; 2 means half the dense network's latency")
+    return Budget(latency_ms, speedup)
+
+
+def next_run(folder: Path) -> Path:
+    """The first unused numbered folder: runs/001, runs/002 ..."""
+    number = 1 + max((int(p.name) for p in folder.glob("*") if p.name.isdigit()), default=0)
+    return folder / f"{number:03d}"
+
+
+def last_run(folder: Path) -> Path:
+    """The highest numbered folder.
+
+    Raises:
+        UsageError: there is none.
+    """
+    found = [p for p in folder.glob("*") if p.name.isdigit()]
+    if not found:
+        raise UsageError(f"there is no run in {folder}; `edgeprune compress` makes one, or name one with --run")
+    return max(found, key=lambda p: int(p.name))
+
+
+def _open(name: str, sections: Mapping[str, Mapping[str, Any]]) -> Target:
+    return target.open_target(name, sections)

@@ -1,0 +1,299 @@
+"""The commands, in the order in which a user meets them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import api, config, files, project
+from ..errors import ConfigError, MissedError, UsageError
+from ..runs import Run
+from . import show
+from .progress import Bars, console
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+targets_app = typer.Typer(invoke_without_command=True, help="List the targets, or check one.")
+app.add_typer(targets_app, name="targets")
+
+RUNS = "runs"  # beside edgeprune.toml
+
+ProjectFile = Annotated[Path, typer.Option("--project", "-p", help="the project file")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a key: --set compress.steps=5")]
+Json = Annotated[bool, typer.Option("--json", help="one machine-readable result on standard output")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
+TargetName = Annotated[str | None, typer.Option("--target", "-t", help="a [target.NAME], or cpu")]
+RunFolder = Annotated[Path | None, typer.Option("--run", help="a run's folder; default: the last one in runs/")]
+PROJECT = Path(config.FILE)
+
+
+@app.callback()
+def root() -> None:
+    """Prune a network to a latency measured on your own device, verify it there, install it, roll it back."""
+
+
+@app.command()
+def init(
+    source: Annotated[str, typer.Argument(help="of the model, as in model.source")] = "model.py:build",
+    path: ProjectFile = PROJECT,
+    force: Annotated[bool, typer.Option(help="replace an existing file")] = False,
+) -> None:
+    """Write a commented edgeprune.toml."""
+    from importlib import resources
+
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists; --force replaces it")
+    text = (resources.files("edgeprune") / "templates" / "edgeprune.toml").read_text(encoding="utf-8")
+    with files.writing(path) as beside:
+        beside.write_text(text.replace("{{ source }}", source), encoding="utf-8")
+    print(f"wrote {path}: fill in [model], [data] and a budget, then run `edgeprune inspect`")
+
+
+@targets_app.callback()
+def targets(context: typer.Context, path: ProjectFile = PROJECT, as_json: Json = False) -> None:
+    """List the targets of the project and the kinds there are."""
+    if context.invoked_subcommand is not None:
+        return
+    from .. import target
+
+    sections: dict[str, Any] = {"cpu": {"kind": "cpu"}}
+    if path.exists():
+        sections |= project.read(path).sections()
+    show.result({"targets": sections, "kinds": target.kinds()}, as_json, show.targets)
+
+
+@targets_app.command("check")
+def check_target(name: str, path: ProjectFile = PROJECT, as_json: Json = False) -> None:
+    """Open a target and say what it is."""
+    from .. import target
+
+    sections = project.read(path).sections() if path.exists() else {}
+    opened = target.open_target(name, sections)
+    try:
+        found = {"name": name, "fingerprint": opened.fingerprint(), "state": opened.state()}
+    finally:
+        opened.close()
+    show.result(files.plain(found), as_json, show.target)
+
+
+@app.command()
+def inspect(
+    source: Annotated[str | None, typer.Argument(help="a model source; default: the project's")] = None,
+    input_: Annotated[str | None, typer.Option("--input", help="its input shape, as in 1x3x224x224")] = None,
+    check: Annotated[bool, typer.Option(help="cut half of every group and compare with the masked model")] = False,
+    frozen: Annotated[list[str] | None, typer.Option(help="module whose channels must stay")] = None,
+    path: ProjectFile = PROJECT,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Show which channels can be removed together, and which must stay and why."""
+    from .. import inspection
+
+    opened = _project(path, overrides, source, input_)
+    protected = (*(frozen or ()), *opened.config.compress.protected)
+    with Bars(as_json).stage("check every group") as progress:
+        found = inspection.inspect(opened.model, opened.example, protected, check, progress if check else None)
+    show.result(inspection.as_json(found), as_json, lambda _: show.inspection(found))
+    if check and found.max_deviation is not None and found.max_deviation > inspection.TOLERANCE:
+        raise MissedError(
+            f"cutting {found.worst} changes the output by {found.max_deviation:.2g} of its largest value; freeze it with "
+            "--frozen, and please report this network"
+        )
+
+
+@app.command()
+def profile(
+    target: TargetName = None,
+    check: Annotated[int, typer.Option(min=0, help="compare the table with this many whole networks")] = 0,
+    path: ProjectFile = PROJECT,
+    overrides: Overrides = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure the latency table of the project's network on a target."""
+    from .. import profiling
+
+    opened = _project(path, overrides)
+    device = opened.open_target(target)
+    try:
+        found = profiling.profile(opened.model, opened.example, device, opened.config.compress, check, Bars(quiet))
+    finally:
+        device.close()
+    show.result(profiling.as_json(found), as_json, lambda _: show.profile(found))
+
+
+@app.command()
+def compress(
+    latency_ms: Annotated[float | None, typer.Option(help="budget: median latency of one input")] = None,
+    speedup: Annotated[float | None, typer.Option(help="budget: dense latency divided by this")] = None,
+    target: TargetName = None,
+    strategy: Annotated[str | None, typer.Option(help="knapsack, uniform or random")] = None,
+    importance: Annotated[str | None, typer.Option(help="sp-lamp, sp-lamp-log, l1, l2, taylor or random")] = None,
+    steps: Annotated[int | None, typer.Option(help="of the budget schedule")] = None,
+    epochs: Annotated[int | None, typer.Option(help="of fine-tuning at the end")] = None,
+    run: RunFolder = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the last run, or with --run")] = False,
+    path: ProjectFile = PROJECT,
+    overrides: Overrides = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prune to a budget, fine-tune, export, verify on the target, and write a report."""
+    from .. import pipeline, report, store
+
+    flags = {"strategy": strategy, "importance": importance, "steps": steps, "target": target}
+    extra = [f"compress.{key}={value}" for key, value in flags.items() if value is not None]
+    extra += [f"finetune.epochs={epochs}"] if epochs is not None else []
+    opened = _project(path, [*(overrides or ()), *extra])
+    section = _with_budget(opened.config.compress, latency_ms, speedup)
+    asked = api.asked(section)
+    task = opened.task()
+    folder = _run_folder(opened, run, resume)
+    device = opened.open_target()
+    try:
+        outcome = pipeline.compress(
+            opened.model,
+            opened.example,
+            device,
+            task,
+            asked,
+            Run(folder),
+            store.Store(store.default_path()),
+            Bars(quiet),
+            resume,
+        )
+    finally:
+        device.close()
+    page = report.write(outcome.run)
+    show.finished(outcome, page, as_json)
+
+
+@app.command()
+def export(
+    run: RunFolder = None,
+    out: Annotated[Path, typer.Option(help="folder to write to")] = Path("exported"),
+    dense: Annotated[bool, typer.Option(help="the dense network instead of the pruned one")] = False,
+    target: TargetName = None,
+    path: ProjectFile = PROJECT,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Write a finished run's network as the files its target loads (ONNX and OpenVINO IR for cpu)."""
+    opened = _project(path, overrides)
+    module = opened.model if dense else api.load(_finished(opened, run), opened.model)
+    device = opened.open_target(target)
+    try:
+        artifact = device.export(module, opened.example, out)
+    finally:
+        device.close()
+    show.result(files.plain(artifact), as_json, show.artifact)
+
+
+@app.command()
+def verify(
+    run: RunFolder = None,
+    path: ProjectFile = PROJECT,
+    overrides: Overrides = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a finished run again on its target: latency, agreement, accuracy."""
+    from .. import pipeline, report
+
+    opened = _project(path, overrides)
+    found = Run(_finished(opened, run))
+    device = opened.open_target()
+    try:
+        outcome = pipeline.verify_again(opened.model, device, opened.task(), found, Bars(quiet))
+    finally:
+        device.close()
+    show.finished(outcome, report.write(found), as_json)
+
+
+@app.command()
+def flash(
+    run: RunFolder = None,
+    to: Annotated[Path, typer.Option(help="folder to install into")] = Path("deployed"),
+    keep: Annotated[int, typer.Option(min=1, help="versions that stay installed")] = 5,
+    rollback: Annotated[bool, typer.Option("--rollback", help="go back to the version before")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="list the installed versions")] = False,
+    path: ProjectFile = PROJECT,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Install a finished run: versioned, atomic, checked by checksum and by running it."""
+    from .. import deploy, flashing
+
+    if list_:
+        show.result({"versions": files.plain(deploy.versions(to))}, as_json, show.versions)
+        return
+    opened = _project(path, overrides)
+    device = opened.open_target()
+    try:
+        if rollback:
+            receipt = deploy.rollback(to, flashing.smoke_test(device))
+        else:
+            found = Run(_finished(opened, run))
+            receipt = flashing.flash(found, opened.model, opened.data, device, to, keep)
+    finally:
+        device.close()
+    show.result(files.plain(receipt), as_json, show.receipt)
+
+
+@app.command("report")
+def report_(run: RunFolder = None, path: ProjectFile = PROJECT, as_json: Json = False) -> None:
+    """Write the page of a finished run again."""
+    from .. import report
+
+    folder = run if run is not None else api.last_run(path.parent / RUNS)
+    page = report.write(Run(folder))
+    show.result({"report": str(page)}, as_json, lambda r: print(r["report"]))
+
+
+# ---- shared --------------------------------------------------------------------------------------------------
+
+
+def _project(
+    path: Path, overrides: list[str] | None, source: str | None = None, input_: str | None = None
+) -> project.Project:
+    extra = list(overrides or ())
+    if input_ is not None:
+        extra.append(f"model.input={[int(n) for n in _dims(input_)]}")
+    if source is None:
+        return project.read(path, extra)
+    values = {"model": {"source": source, "input": [int(n) for n in _dims(input_ or "1x3x224x224")]}}
+    return project.Project(Path.cwd() / config.FILE, config.check(values, "command line"))
+
+
+def _dims(text: str) -> list[str]:
+    parts = text.replace(",", "x").split("x")
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ConfigError(f"--input {text}: write the shape as 1x3x224x224, batch first")
+    return parts
+
+
+def _with_budget(
+    section: config.CompressSection, latency_ms: float | None, speedup: float | None
+) -> config.CompressSection:
+    """A budget on the command line replaces the file's, whichever kind that was."""
+    if latency_ms is None and speedup is None:
+        return section
+    return section.model_copy(update={"latency_ms": latency_ms, "speedup": speedup})
+
+
+def _run_folder(opened: project.Project, run: Path | None, resume: bool) -> Path:
+    if run is not None:
+        return run
+    folder = opened.folder / RUNS
+    return api.last_run(folder) if resume else api.next_run(folder)
+
+
+def _finished(opened: project.Project, run: Path | None) -> Path:
+    folder = run if run is not None else api.last_run(opened.folder / RUNS)
+    if not (folder / "recipe.json").exists():
+        raise UsageError(f"{folder} holds no finished run; go on with `edgeprune compress --resume`")
+    return folder
+
+
+__all__ = ["app", "console"]

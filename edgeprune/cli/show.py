@@ -1,0 +1,183 @@
+"""Results as tables for people, or as one JSON object for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.tree import Tree
+
+from .. import files, verify
+from ..errors import MissedError
+
+if TYPE_CHECKING:
+    from ..inspection import Inspection
+    from ..pipeline import Outcome
+    from ..profiling import Profile
+    from ..records import NetworkCheck
+
+SHOWN = 12  # rows of a long list
+
+
+def result(content: Any, as_json: bool, for_people: Callable[[Any], None]) -> None:
+    """Print a result to standard output."""
+    if as_json:
+        print(json.dumps(files.plain(content)))
+    else:
+        for_people(content)
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def targets(content: Mapping[str, Any]) -> None:
+    table = Table("target", "kind", "keys")
+    for name, keys in content["targets"].items():
+        rest = ", ".join(f"{k} = {v}" for k, v in keys.items() if k != "kind")
+        table.add_row(name, keys["kind"], rest)
+    _console().print(table)
+    _console().print(f"kinds: {', '.join(content['kinds'])}")
+
+
+def target(content: Mapping[str, Any]) -> None:
+    table = Table(show_header=False)
+    fingerprint, state = content["fingerprint"], content["state"]
+    for key in ("kind", "device", "runtime", "precision", "threads"):
+        table.add_row(key, str(fingerprint[key]))
+    for key, value in fingerprint["details"]:
+        table.add_row(key, value)
+    table.add_row("load", f"{state['load']:.2f}")
+    for note in state["notes"]:
+        table.add_row("note", note)
+    _console().print(table)
+
+
+def inspection(found: Inspection) -> None:
+    graph = found.graph
+    tree = Tree(f"{found.name}: {graph.total_params:,} parameters, {graph.total_macs / 1e6:,.0f} MMACs")
+    groups = tree.add(f"{len(graph.groups)} channel groups")
+    for group in graph.groups:
+        exact = "exact" if not group.inexact else f"inexact: {group.inexact}"
+        unit = f" x {group.channels_per_unit} channels" if group.channels_per_unit > 1 else ""
+        made = [m.tensor.removesuffix(".weight") for m in group.members if m.role == "out"]
+        read = [m.tensor.removesuffix(".weight") for m in group.members if m.role == "in"]
+        branch = groups.add(f"{group.id}: {group.width} units{unit}, step {found.steps[group.id]}, {exact}")
+        branch.add(f"made by {_some(made)}" if made else f"held by {_some([m.tensor for m in group.members])}")
+        if read:
+            branch.add(f"read by {_some(read)}")
+    stays = tree.add("frozen")
+    for frozen in graph.frozen[:SHOWN]:
+        stays.add(f"{frozen.channels} slices of {_some(list(frozen.tensors))}: {frozen.reason}")
+    for note in graph.notes:
+        tree.add(f"note: {note}")
+    _console().print(tree)
+    share, macs = graph.prunable_params / graph.total_params, graph.prunable_macs / max(graph.total_macs, 1)
+    print(f"prunable: {share:.1%} of the parameters, {macs:.1%} of the MACs; traced in {found.seconds:.2f} s")
+    if found.max_deviation is not None:
+        print(f"largest deviation from the masked model: {found.max_deviation:.2g} (at {found.worst})")
+
+
+def _some(names: list[str], count: int = 4) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+def profile(found: Profile) -> None:
+    table = Table("layer", "op", "channels", "dense ms", "share", "at half the channels")
+    total = sum(row.dense_ms for row in found.rows)
+    for row in sorted(found.rows, key=lambda r: -r.dense_ms)[: 2 * SHOWN]:
+        shape = row.layer.shape
+        table.add_row(
+            row.layer.name,
+            shape.op,
+            f"{shape.in_ch} -> {shape.out_ch}",
+            f"{row.dense_ms:.4f}",
+            f"{row.dense_ms / total:.1%}",
+            f"{row.half_ms:.4f}",
+        )
+    _console().print(table)
+    print(
+        f"{found.filled.entries} entries, {found.filled.measured} measured now, spread {found.filled.noise:.1%}; "
+        f"sum of layers {total:.4g} ms; smallest network predicted at {found.floor_ms:.4g} ms"
+    )
+    for note in found.filled.notes:
+        print(f"note: {note}")
+    if found.check is not None:
+        c = found.check
+        print(
+            f"against {c.networks} whole networks: median error {c.median_error:.1%}, worst {c.worst_error:.1%}, "
+            f"rank correlation {c.rank_correlation:.3f}, repeat noise {c.noise:.1%}"
+        )
+
+
+def finished(outcome: Outcome, page: Path, as_json: bool) -> None:
+    """The verdict; raises MissedError when the network did not pass."""
+    report = outcome.report
+    checks = verify.verdict(report)
+    if as_json:
+        content = {
+            "passed": verify.passed(report),
+            "checks": checks,
+            "report": report,
+            "run": outcome.run.folder,
+            "page": page,
+        }
+        print(json.dumps(files.plain(content)))
+    else:
+        _networks(report.dense, report.pruned, report.speedup)
+        for check in checks:
+            print(f"{'pass' if check.passed else 'MISS'}  {check.name}: {check.text}")
+        low, high = report.speedup_low, report.speedup_high
+        print(f"speed-up {report.speedup:.2f}x (95 % interval {low:.2f} to {high:.2f})")
+        for note in report.notes:
+            print(f"note: {note}")
+        print(f"report: {page}")
+    missed = [check for check in checks if not check.passed]
+    if missed:
+        raise MissedError("; ".join(f"{check.name}: {check.text}" for check in missed))
+
+
+def _networks(dense: NetworkCheck, pruned: NetworkCheck, speedup: float) -> None:
+    table = Table("", "dense", "pruned", "")
+    rows: list[tuple[str, Callable[[NetworkCheck], str], str]] = [
+        ("latency, median ms", lambda n: f"{n.latency.median_ms:.4f}", f"{speedup:.2f}x faster"),
+        ("latency, p10 to p90", lambda n: f"{n.latency.p10_ms:.4f} to {n.latency.p90_ms:.4f}", ""),
+        ("accuracy", _accuracy, ""),
+        ("parameters", lambda n: f"{n.params:,}", f"{dense.params / pruned.params:.2f}x fewer"),
+        ("MACs", lambda n: f"{n.macs / 1e6:,.1f} M", f"{dense.macs / max(pruned.macs, 1):.2f}x fewer"),
+        ("size", lambda n: f"{n.size_bytes / 1e6:.2f} MB", f"{dense.size_bytes / pruned.size_bytes:.2f}x smaller"),
+    ]
+    for name, of, note in rows:
+        table.add_row(name, of(dense), of(pruned), note)
+    _console().print(table)
+
+
+def _accuracy(network: NetworkCheck) -> str:
+    a = network.accuracy
+    return "unknown" if a is None else f"{a.value:.2%} ({a.low:.2%} to {a.high:.2%}, {a.total} images)"
+
+
+def artifact(content: Mapping[str, Any]) -> None:
+    for name in content["files"]:
+        print(name)
+
+
+def versions(content: Mapping[str, Any]) -> None:
+    table = Table("", "version", "installed", "size", "measured")
+    for version in content["versions"]:
+        measured = version["manifest"].get("measured", {})
+        latency = f"{measured['latency_ms']:.4g} ms" if "latency_ms" in measured else ""
+        size = f"{version['size_bytes'] / 1e6:.2f} MB"
+        table.add_row("current" if version["current"] else "", version["name"], version["installed_at"], size, latency)
+    _console().print(table)
+
+
+def receipt(content: Mapping[str, Any]) -> None:
+    print(f"{content['folder']}/current -> versions/{content['version']}")
+    if content["previous"]:
+        print(f"before: {content['previous']} (go back with `edgeprune flash --rollback --to {content['folder']}`)")

@@ -1,0 +1,213 @@
+"""edgeprune.toml: what is pruned, with which data, for which devices, to which budget.
+
+Every key can be overridden on the command line (`--set compress.steps=5`); a key or value that does not exist is
+refused with the ones that do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from .errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover
+    import tomli as tomllib
+
+FILE = "edgeprune.toml"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """[model]: where the network comes from."""
+
+    source: str = Field(
+        description="file.py:function, package.module:function, torchvision:NAME or timm:NAME", min_length=1
+    )
+    weights: Path | None = Field(None, description="a .safetensors file, or a .pt/.pth state dict")
+    input: tuple[PositiveInt, ...] = Field((1, 3, 224, 224), description="one input, batch first")
+    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the source")
+
+
+class DataSection(Section):
+    """[data]: images and labels. Without it, a network can be profiled, but not fine-tuned or verified."""
+
+    source: str = Field(
+        description="folder:DIR (a folder per class), npz:FILE (x, y), file.py:function, or digits", min_length=1
+    )
+    test: str | None = Field(
+        None, description="a second folder:DIR or npz:FILE: halved into search and final; else both come from source"
+    )
+    split: tuple[float, float, float] = Field((0.7, 0.15, 0.15), description="train, search, final shares of source")
+    seed: int = Field(0, description="of the split")
+    resize: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="(height, width), the middle of which is used; default: the input's, or none for arrays"
+    )
+    mean: tuple[float, ...] | None = Field(None, description="per channel, of pixels in 0..1; default: from train")
+    std: tuple[PositiveFloat, ...] | None = Field(None, description="per channel; default: from train")
+    crop: int = Field(0, ge=0, description="augmentation: pad by this many pixels, then crop at random")
+    flip: bool = Field(False, description="augmentation: mirror left and right at random")
+
+    @model_validator(mode="after")
+    def _shares(self) -> DataSection:
+        if min(self.split) <= 0 or abs(sum(self.split) - 1) > 1e-6:
+            raise ValueError("split: three positive shares that add up to 1 are needed, for train, search and final")
+        return self
+
+
+class TargetSection(BaseModel):
+    """[target.NAME]: a device. Keys besides `kind` belong to that kind."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    kind: str = Field(description="a file in targets/")
+
+
+class CompressSection(Section):
+    """[compress]: the budget and how it is reached."""
+
+    target: str = Field("cpu", description="a [target.NAME], or cpu")
+    latency_ms: float | None = Field(None, description="budget: median latency of one input")
+    speedup: float | None = Field(None, description="budget: dense latency divided by this")
+    strategy: Literal["knapsack", "uniform", "random"] = Field("knapsack", description="how widths are chosen")
+    importance: Literal["sp-lamp", "sp-lamp-log", "l1", "l2", "taylor", "random"] = Field(
+        "sp-lamp", description="how channels are scored"
+    )
+    steps: PositiveInt = Field(3, description="prune in this many steps of a geometric budget schedule")
+    protected: tuple[str, ...] = Field((), description="module paths whose channels stay")
+    min_width: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="no group is cut below this share of its channels"
+    )
+    drop_blocks: bool = Field(False, description="residual blocks may be dropped whole")
+    accuracy_floor: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="fail when accuracy on the final split is below"
+    )
+    seed: int = 0
+
+
+class FinetuneSection(Section):
+    """[finetune]: after each step, and at the end."""
+
+    epochs: int = Field(10, ge=0, description="epochs at the end")
+    step_epochs: int = Field(1, ge=0, description="epochs after each earlier step")
+    batch_size: PositiveInt = 128
+    learning_rate: PositiveFloat = 0.02
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: float = Field(5e-4, ge=0)
+    distillation: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.7, description="share of the loss that follows the dense network"
+    )
+    temperature: PositiveFloat = 4.0
+    precision: Literal["auto", "32-true", "bf16-mixed"] = Field("auto", description="auto: the faster one")
+    bn_images: int = Field(1024, ge=0, description="training images for re-estimating batch norm after a cut")
+
+
+class Config(Section):
+    """The whole file."""
+
+    model: ModelSection
+    data: DataSection | None = None
+    target: dict[str, TargetSection] = Field(default_factory=dict)
+    compress: CompressSection = Field(default_factory=CompressSection)  # type: ignore[arg-type]
+    finetune: FinetuneSection = Field(default_factory=FinetuneSection)  # type: ignore[arg-type]
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read and check a project file.
+
+    Args:
+        path: the file.
+        overrides: `section.key=value` strings that win over the file.
+    Raises:
+        ConfigError: no file, no TOML, or a key or value that is not allowed; the message names it.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; `edgeprune init` writes one") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    for override in overrides:
+        _override(values, override)
+    return check(values, str(path))
+
+
+def check(values: Mapping[str, Any], where: str) -> Config:
+    """Validate parsed values; raises ConfigError with every offending key."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(lines)) from error
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"{text!r} is no override; write section.key=value, as in compress.steps=5")
+    *parents, last = key.strip().split(".")
+    here = values
+    for parent in parents:
+        here = here.setdefault(parent, {})
+        if not isinstance(here, dict):
+            raise ConfigError(f"{text!r}: {parent} is not a section")
+    here[last] = _value(value.strip())
+
+
+def _value(text: str) -> Any:
+    """A TOML value; what is none is taken as a string, so that quotes may be left out."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(problem: Any) -> str:
+    path = [str(part) for part in problem["loc"]]
+    name = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        allowed = _keys_at(path[:-1])
+        close = difflib.get_close_matches(path[-1], allowed, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return f"unknown key {name}{hint} (allowed here: {', '.join(allowed)})"
+    if problem["type"] == "missing":
+        return f"{name} is missing: {_described(path)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    got = "" if isinstance(problem["input"], dict) else f" (it is {problem['input']!r})"
+    return f"{name}: {message[0].lower()}{message[1:]}{got}" if name else message
+
+
+def _section_at(path: Sequence[str]) -> type[BaseModel] | None:
+    sections: dict[str, type[BaseModel]] = {
+        "model": ModelSection, "data": DataSection, "target": TargetSection, "compress": CompressSection,
+        "finetune": FinetuneSection,
+    }  # fmt: skip
+    return sections.get(path[0]) if path else Config
+
+
+def _keys_at(path: Sequence[str]) -> list[str]:
+    section = _section_at(path)
+    return sorted(section.model_fields) if section else []
+
+
+def _described(path: Sequence[str]) -> str:
+    section = _section_at(path[:-1])
+    field = section.model_fields.get(path[-1]) if section else None
+    return (field.description if field and field.description else "") or "it has no default"

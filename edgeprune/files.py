@@ -1,0 +1,96 @@
+"""Files that are never half-written: JSON with a `format` field, and bytes, both written beside and renamed."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import EdgepruneError, RunError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; when the block succeeds it is synced and renamed into place.
+
+    Raises:
+        RunError: the disk is full, or the folder cannot be written; `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    beside = Path(name)
+    try:
+        yield beside
+        sync(beside)
+        os.replace(beside, path)
+        sync(path.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(
+                f"the disk is full: {path} could not be written and is unchanged; make room and resume"
+            ) from error
+        raise RunError(f"{path} could not be written: {error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Make a file or a folder's entries survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, format_name: str, content: Any) -> None:
+    """Write `{"format": format_name, ...content}`; content is a dict or a record."""
+    text = json.dumps({"format": format_name, **plain(content)}, indent=1)
+    with writing(path) as beside:
+        beside.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, format_name: str, error: type[EdgepruneError] = RunError) -> dict[str, Any]:
+    """Read what `write_json` wrote.
+
+    Raises:
+        `error`: the file is missing, damaged, or of another format.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
+        raise error(f"{path} is damaged ({problem}); delete it and it will be made again") from problem
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != format_name:
+        raise error(f"{path} has format {found!r}, expected {format_name!r}: another version of edgeprune wrote it")
+    del content["format"]
+    return dict(content)
+
+
+def plain(content: Any) -> Any:
+    """Records, tuples and paths as JSON values."""
+    if dataclasses.is_dataclass(content) and not isinstance(content, type):
+        return {f.name: plain(getattr(content, f.name)) for f in dataclasses.fields(content)}
+    if isinstance(content, dict):
+        return {str(key): plain(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [plain(item) for item in content]
+    return str(content) if isinstance(content, Path) else content
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

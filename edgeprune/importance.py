@@ -1,0 +1,147 @@
+"""How much each unit of each channel group matters: group id -> (width,) scores, larger is better.
+
+Sources: LAMP (arXiv 2010.07611), SP-LAMP (2305.14403), first-order Taylor as in HALP (2210.06659).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .errors import UsageError
+from .records import ChannelGroup, Keep, Member
+
+Importance = Mapping[str, NDArray[np.float64]]
+Batches = Iterable[tuple[Tensor, Tensor]]
+NAMES = ("sp-lamp", "sp-lamp-log", "l1", "l2", "taylor", "random")
+
+
+def score(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    name: str = "sp-lamp",
+    batches: Batches = (),
+    seed: int = 0,
+    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+) -> Importance:
+    """Score every unit.
+
+    Args:
+        model: the network.
+        groups: its channel groups.
+        name: "sp-lamp" (share of the energy that is at least as large), "sp-lamp-log" (its additive form), "l1" and
+            "l2" (norms of what makes the channel), "taylor" (first-order change of the loss), "random".
+        batches: for "taylor": (inputs, labels), augmented or held out: on images a network has memorised, gradients
+            are noise.
+        seed: for "random".
+        loss: for "taylor".
+    Raises:
+        UsageError: an unknown name, or "taylor" without batches.
+    """
+    if name not in NAMES:
+        raise UsageError(f"importance {name!r} does not exist; choose one of {', '.join(NAMES)}")
+    if name == "random":
+        generator = np.random.Generator(np.random.PCG64(seed))
+        return {g.id: generator.random(g.width) for g in groups}
+    if name == "taylor":
+        return _taylor(model, groups, batches, loss)
+    state = {n: p.detach() for n, p in model.named_parameters()}
+    power = 1 if name == "l1" else 2
+    energies = {g.id: _energy(g, state, power, relative=name.startswith("sp-lamp")) for g in groups}
+    if name == "sp-lamp":
+        return {group: lamp(energy) for group, energy in energies.items()}
+    if name == "sp-lamp-log":
+        return {group: lamp_log(energy) for group, energy in energies.items()}
+    return {group: energy if name == "l1" else np.sqrt(energy) for group, energy in energies.items()}
+
+
+def lamp(energy: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Each unit's energy over the summed energy of all that have at least as much, (width,); the largest has 1."""
+    order = np.argsort(energy, kind="stable")
+    rising = energy[order]
+    at_least = np.cumsum(rising[::-1])[::-1]
+    scores = np.empty_like(energy)
+    scores[order] = np.where(at_least > 0, rising / np.maximum(at_least, np.finfo(float).tiny), 1.0)
+    return scores
+
+
+def lamp_log(energy: NDArray[np.float64]) -> NDArray[np.float64]:
+    """-log(1 - LAMP), whose sum over removed units is the log of the energy that is left; the largest is finite."""
+    scores = np.minimum(lamp(energy), 1.0 - 1e-6)
+    logs: NDArray[np.float64] = -np.log1p(-scores)
+    return logs
+
+
+def best(importance: Importance, widths: Mapping[str, int]) -> Keep:
+    """The units to keep: the `widths[g]` highest scores of each group, in ascending order."""
+    keep = {}
+    for group, width in widths.items():
+        scores = importance[group]
+        if width < len(scores):
+            order = np.argsort(-scores, kind="stable")[:width]
+            keep[group] = tuple(sorted(order.tolist()))
+    return keep
+
+
+def kept_value(scores: NDArray[np.float64], widths: Iterable[int]) -> NDArray[np.float64]:
+    """The summed score of the best `w` units, for each width, (widths,)."""
+    falling = np.concatenate([[0.0], np.cumsum(np.sort(scores)[::-1])])
+    values: NDArray[np.float64] = falling[np.array(list(widths), dtype=int)]
+    return values
+
+
+def _energy(group: ChannelGroup, state: Mapping[str, Tensor], power: int, relative: bool) -> NDArray[np.float64]:
+    """Sum over producers of |W|^power for each unit, each producer over its own total when `relative`."""
+    makers = [m for m in group.members if m.role == "out" and m.tensor in state and state[m.tensor].dim() > 1]
+    makers = makers or [m for m in group.members if m.tensor in state]
+    total = np.zeros(group.width)
+    for member in makers:
+        energy = _per_unit(state[member.tensor].abs().double() ** power, member)
+        whole = energy.sum() if relative else 1.0
+        total += energy / whole if whole > 0 else 0.0
+    return total
+
+
+def _per_unit(values: Tensor, member: Member) -> NDArray[np.float64]:
+    """Sum a tensor over everything but one axis, then over the positions of each unit, (width,)."""
+    other = [d for d in range(values.dim()) if d != member.axis]
+    along = values.sum(dim=other) if other else values
+    summed: NDArray[np.float64] = along.cpu().double().numpy()[member.positions].sum(axis=1)
+    return summed
+
+
+def _taylor(
+    model: nn.Module, groups: Sequence[ChannelGroup], batches: Batches, loss: Callable[[Tensor, Tensor], Tensor]
+) -> Importance:
+    """|sum of weight * gradient| over the scales of a unit (or what makes it), averaged over batches."""
+    was_training = model.training
+    model.eval()
+    totals = {g.id: np.zeros(g.width) for g in groups}
+    count = 0
+    parameters = dict(model.named_parameters())
+    for x, y in batches:
+        names, tensors = zip(*parameters.items(), strict=True)
+        gradients = torch.autograd.grad(loss(model(x), y), tensors, allow_unused=True)
+        products = {n: p.detach() * g for n, p, g in zip(names, tensors, gradients, strict=True) if g is not None}
+        if not all(bool(torch.isfinite(p).all()) for p in products.values()):
+            continue
+        for group in groups:
+            totals[group.id] += np.abs(_first_order(group, products))
+        count += 1
+    model.train(was_training)
+    if not count:
+        raise UsageError("importance 'taylor' needs labelled images: give [data], or batches in Python")
+    return {group: total / count for group, total in totals.items()}
+
+
+def _first_order(group: ChannelGroup, products: Mapping[str, Tensor]) -> NDArray[np.float64]:
+    scales = [m for m in group.members if m.role == "scale" and m.tensor in products]
+    makers = [m for m in group.members if m.role == "out" and m.tensor in products]
+    total = np.zeros(group.width)
+    for member in scales or makers:
+        total += _per_unit(products[member.tensor], member)
+    return total

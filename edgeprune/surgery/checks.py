@@ -1,0 +1,42 @@
+"""Refuse a cut that makes no sense, before anything is changed."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..errors import SurgeryError
+from ..graph import ModelGraph
+from ..records import Block, Keep
+
+
+def only_cut(keep: Keep) -> Keep:
+    return {group: units for group, units in keep.items() if units}
+
+
+def check(model: nn.Module, graph: ModelGraph, keep: Keep) -> tuple[Block, ...]:
+    """Refuse what makes no sense; returns the blocks to drop."""
+    have = {n: tuple(t.shape) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    for axis in graph.trace.axes:
+        if len(have.get(axis.name, ())) <= axis.axis or have[axis.name][axis.axis] != axis.size:
+            raise SurgeryError(
+                f"this plan belongs to another network: {axis.name} should have {axis.size} slices along axis "
+                f"{axis.axis}, the model has shape {have.get(axis.name)}. Trace this model and plan again."
+            )
+    for group_id, units in keep.items():
+        width = graph.group(group_id).width
+        if any(not 0 <= u < width for u in units) or list(units) != sorted(set(units)):
+            raise SurgeryError(f"group {group_id} has units 0 to {width - 1}; {units} is not an ascending choice")
+    return dropped_blocks(graph, keep)
+
+
+def dropped_blocks(graph: ModelGraph, keep: Keep) -> tuple[Block, ...]:
+    """The blocks that `keep` drops: those whose groups are all empty."""
+    empty = {group for group, units in keep.items() if not units}
+    dropped = tuple(b for b in graph.blocks if set(b.groups) <= empty)
+    left = empty - {g for b in dropped for g in b.groups}
+    if left:
+        raise SurgeryError(
+            f"group {sorted(left)[0]} would be cut to nothing; keep at least one unit, or empty all groups of a "
+            "residual block to drop the block"
+        )
+    return dropped

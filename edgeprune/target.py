@@ -1,0 +1,110 @@
+"""What a target is: the one interface between pruning and devices, and the one place where a device is chosen.
+
+A target knows files and milliseconds, not pruning. `time` serves single layers, whole models and verification alike,
+so a prediction and its measurement come from one path.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
+
+from .errors import ConfigError, UsageError
+from .records import Artifact, DeviceState, Fingerprint, LayerShape, Timing
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .graph import Example
+
+Progress = Callable[[int, int], None]  # (done, of)
+
+
+class Target(Protocol):
+    """A device with a runtime. Opened with `open_target`, closed when done."""
+
+    name: str
+
+    def fingerprint(self) -> Fingerprint:
+        """What a measurement here depends on."""
+
+    def time(
+        self,
+        items: Sequence[LayerShape | Artifact],
+        least: int,
+        most: int,
+        interval: float,
+        budget_s: float,
+    ) -> list[Timing]:
+        """Median latencies of layers and whole models, measured in turn on the device.
+
+        Args:
+            items: what to time.
+            least, most: bounds on the visits to each.
+            interval: visits end when the 95 % interval of the median is this narrow, relative to it.
+            budget_s: they end after this long in any case.
+        Raises:
+            TargetError: the device could not measure something; nothing is ever a default.
+        """
+
+    def timed_as(self, shape: LayerShape) -> LayerShape | None:
+        """The form in which a layer can be timed alone, or None: what cannot ends up in the table's correction."""
+
+    def export(self, module: nn.Module, example: Example, folder: Path) -> Artifact:
+        """Write `module` as the files this target's runtime loads, into `folder`."""
+
+    def run(
+        self, artifact: Artifact, inputs: Sequence[NDArray[Any]], progress: Progress | None = None
+    ) -> NDArray[np.float32]:
+        """Inference on the device: (N, ...) arrays in, (N, outputs) out."""
+
+    def state(self) -> DeviceState:
+        """Load, clock and temperature now."""
+
+    def close(self) -> None: ...
+
+
+def kinds() -> list[str]:
+    """The target kinds: the files in `targets/`."""
+    return sorted(m.name for m in pkgutil.iter_modules(importlib.import_module("edgeprune.targets").__path__))
+
+
+def check_options(name: str, keys: Mapping[str, Any]) -> BaseModel:
+    """Validate the keys of a [target.NAME] section by its kind; raises ConfigError naming the key."""
+    options: type[BaseModel] = _module(str(keys["kind"])).Options
+    try:
+        return options.model_validate(dict(keys))
+    except ValidationError as error:
+        allowed = ", ".join(options.model_fields)
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors())
+        raise ConfigError(f"[target.{name}]: {problems} (keys of kind {keys['kind']}: {allowed})") from error
+
+
+def open_target(name: str, sections: Mapping[str, Mapping[str, Any]]) -> Target:
+    """Open a target by its name in the project file; `cpu` exists without being written there.
+
+    Args:
+        name: of the target.
+        sections: the [target.*] sections by name, each with `kind` and that kind's keys.
+    Raises:
+        UsageError: no such target; ConfigError: a key its kind does not have; TargetError: it cannot be reached.
+    """
+    known = {"cpu": {"kind": "cpu"}, **sections}
+    if name not in known:
+        raise UsageError(f"there is no target {name!r}; edgeprune.toml has {', '.join(sorted(known))}")
+    options = check_options(name, known[name])
+    target: Target = _module(str(known[name]["kind"])).open_target(name, options)
+    return target
+
+
+def _module(kind: str) -> Any:
+    if kind not in kinds():
+        raise ConfigError(f"{kind!r} is no kind of target; there are: {', '.join(kinds())}")
+    return importlib.import_module(f"edgeprune.targets.{kind}")

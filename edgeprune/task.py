@@ -1,0 +1,96 @@
+"""What the pipeline needs to know about training: from a project's data, or from your own callables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from . import finetune
+from .finetune import Epoch, Images, Settings
+from .target import Progress
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+class Task(Protocol):
+    """Adapts, trains and judges networks."""
+
+    final: Images | None  # labelled images for the last check
+
+    def batches(self) -> Batches:
+        """Some training images, augmented: for gradients and batch norm."""
+
+    def adapt(self, model: nn.Module) -> None:
+        """What a fresh cut needs before anything else, in place: batch norm."""
+
+    def train(
+        self, student: nn.Module, teacher: nn.Module, last: bool, folder: Path, progress: Progress | None
+    ) -> list[Epoch]:
+        """Train in place, after an earlier step or the last one; resumable from `folder`."""
+
+    def evaluate(self, model: nn.Module) -> float | None:
+        """Accuracy (0..1) on images that may guide choices; None when unknown."""
+
+
+class Classification:
+    """Images and labels of a project: cross entropy and distillation."""
+
+    def __init__(
+        self, train: Images, search: Images, final: Images, settings: Settings, epochs: int, step_epochs: int
+    ) -> None:
+        self._train, self._search = train, search
+        self.final: Images | None = final
+        self.settings, self.epochs, self.step_epochs = settings, epochs, step_epochs
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        size = min(self.settings.batch_size, len(self._train))
+        count = max(1, round(self.settings.bn_images / size))
+        return islice(self._train.batches(size, shuffle_seed=self.settings.seed, augment=True), count)
+
+    def adapt(self, model: nn.Module) -> None:
+        if self.settings.bn_images:
+            finetune.reestimate_batch_norm(model, self.batches())
+
+    def train(
+        self, student: nn.Module, teacher: nn.Module, last: bool, folder: Path, progress: Progress | None
+    ) -> list[Epoch]:
+        epochs = self.epochs if last else self.step_epochs
+        return finetune.train(student, teacher, self._train, self._search, epochs, self.settings, folder, progress)
+
+    def evaluate(self, model: nn.Module) -> float | None:
+        return finetune.accuracy(model, self._search)
+
+
+class Callables:
+    """Your own loop: `train(model)` in place, `evaluate(model)` -> float, `batches` to re-estimate batch norm on."""
+
+    final: Images | None = None
+
+    def __init__(
+        self,
+        train: Callable[[nn.Module], object] | None = None,
+        evaluate: Callable[[nn.Module], float] | None = None,
+        batches: Callable[[], Batches] | None = None,
+    ) -> None:
+        self._train, self._evaluate, self._batches = train, evaluate, batches
+
+    def batches(self) -> Batches:
+        return self._batches() if self._batches is not None else ()
+
+    def adapt(self, model: nn.Module) -> None:
+        if self._batches is not None:
+            finetune.reestimate_batch_norm(model, self._batches())
+
+    def train(
+        self, student: nn.Module, teacher: nn.Module, last: bool, folder: Path, progress: Progress | None
+    ) -> list[Epoch]:
+        if self._train is not None:
+            self._train(student)
+        return []
+
+    def evaluate(self, model: nn.Module) -> float | None:
+        return float(self._evaluate(model)) if self._evaluate is not None else None

@@ -1,0 +1,214 @@
+"""Check the exported networks on the target: do they compute the same, how right are they, how fast are they?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from .finetune import Images
+from .graph import Example, as_call
+from .records import Accuracy, Agreement, Artifact, Budget, NetworkCheck, Timing, VerifyReport
+from .target import Progress, Target
+
+TOLERANCE = {"f32": 1e-3, "f16": 2e-2, "bf16": 5e-2, "int8": 0.2}  # of the largest output, by precision
+AGREEMENT_IMAGES = 64
+WASTE = 0.05  # a network this far under its budget could have kept more
+DRIFT = 0.03
+SESSIONS = 3
+BOOTSTRAP = 2000
+Z95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network in both forms, with what is counted once."""
+
+    module: nn.Module
+    artifact: Artifact
+    params: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise and whether it holds."""
+
+    name: str
+    passed: bool
+    text: str
+
+
+def verdict(report: VerifyReport) -> list[Check]:
+    """Every promise with its figures; the network passes when all hold."""
+    limit = budget_ms(report.budget, report.dense.latency.median_ms)
+    median = report.pruned.latency.median_ms
+    under = 1 - median / limit
+    checks = [
+        Check(
+            "latency",
+            median <= limit,
+            f"{median:.4g} ms measured, budget {limit:.4g} ms ({abs(under):.1%} {'under' if under >= 0 else 'over'})",
+        )
+    ]
+    for label, network in (("dense", report.dense), ("pruned", report.pruned)):
+        a = network.agreement
+        checks.append(
+            Check(
+                f"agreement of the {label} network",
+                a.max_difference <= a.tolerance,
+                f"largest difference from torch {a.max_difference:.2g} of the largest output (allowed {a.tolerance:g})"
+                f", same class on {a.same_class:.1%} of {a.images} images",
+            )
+        )
+    if report.accuracy_floor is not None and report.pruned.accuracy is not None:
+        value = report.pruned.accuracy.value
+        checks.append(
+            Check(
+                "accuracy", value >= report.accuracy_floor, f"{value:.2%} measured, floor {report.accuracy_floor:.2%}"
+            )
+        )
+    return checks
+
+
+def passed(report: VerifyReport) -> bool:
+    return all(check.passed for check in verdict(report))
+
+
+def budget_ms(budget: Budget, dense_ms: float) -> float:
+    """The budget in milliseconds, given the dense latency of the same session."""
+    if budget.latency_ms is not None:
+        return budget.latency_ms
+    assert budget.speedup is not None
+    return dense_ms / budget.speedup
+
+
+def check(
+    dense: Network,
+    pruned: Network,
+    target: Target,
+    budget: Budget,
+    predicted_ms: float,
+    dense_reference_ms: float,
+    example: Example,
+    final: Images | None,
+    accuracy_floor: float | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Measure both networks on the target.
+
+    Args:
+        dense, pruned: the networks.
+        target: where.
+        budget: what was asked for.
+        predicted_ms: what the plan promised for the pruned network.
+        dense_reference_ms: dense latency when the budget was planned: a session in which it differs by more than
+            3 % is measured again.
+        example: one input of the network.
+        final: labelled images nobody has looked at; None where there are no data.
+        accuracy_floor: what the pruned network must reach on them.
+        progress: told (images done, of).
+    """
+    dense_time, pruned_time, notes = _latency(dense, pruned, target, dense_reference_ms)
+    speedup, low, high = bootstrap_ratio(dense_time.samples_ms, pruned_time.samples_ms)
+    x = _inputs(final, example)
+    steps = 2 * (len(final) if final is not None else 0)
+    checks = []
+    for at, (network, timing) in enumerate(((dense, dense_time), (pruned, pruned_time))):
+        step = _shifted(progress, at * (steps // 2), steps)
+        checks.append(
+            NetworkCheck(
+                latency=timing,
+                accuracy=_accuracy(network, target, final, step) if final is not None else None,
+                agreement=_agreement(network, target, x),
+                params=network.params,
+                macs=network.macs,
+                size_bytes=network.artifact.size_bytes,
+            )
+        )
+    fingerprint = target.fingerprint()
+    return VerifyReport(
+        budget,
+        accuracy_floor,
+        predicted_ms,
+        checks[0],
+        checks[1],
+        speedup,
+        low,
+        high,
+        fingerprint,
+        target.state(),
+        notes,
+    )
+
+
+def _latency(
+    dense: Network, pruned: Network, target: Target, reference_ms: float
+) -> tuple[Timing, Timing, tuple[str, ...]]:
+    """Both in turn; a session in which the dense network is not itself is measured again."""
+    for session in range(SESSIONS):
+        dense_time, pruned_time = target.time([dense.artifact, pruned.artifact], 60, 400, 0.002, 30.0)
+        off = dense_time.median_ms / reference_ms - 1
+        if abs(off) <= DRIFT:
+            note = (f"measured {session + 1} times: the device had drifted",) if session else ()
+            return dense_time, pruned_time, note
+    how = "slower" if off > 0 else "faster"
+    return dense_time, pruned_time, (f"the device is {abs(off):.0%} {how} now than when the budget was planned",)
+
+
+def bootstrap_ratio(dense_ms: Sequence[float], pruned_ms: Sequence[float]) -> tuple[float, float, float]:
+    """Ratio of medians with its 95 % bootstrap interval."""
+    a, b = np.asarray(dense_ms), np.asarray(pruned_ms)
+    draw = np.random.Generator(np.random.PCG64(0))
+    medians_a = np.median(draw.choice(a, (BOOTSTRAP, len(a))), axis=1)
+    medians_b = np.median(draw.choice(b, (BOOTSTRAP, len(b))), axis=1)
+    low, high = np.percentile(medians_a / medians_b, [2.5, 97.5])
+    return float(np.median(a) / np.median(b)), float(low), float(high)
+
+
+def wilson(correct: int, total: int) -> Accuracy:
+    """Share of successes with its 95 % Wilson interval."""
+    p = correct / total
+    centre = (p + Z95**2 / (2 * total)) / (1 + Z95**2 / total)
+    half = Z95 * math.sqrt(p * (1 - p) / total + Z95**2 / (4 * total**2)) / (1 + Z95**2 / total)
+    return Accuracy(correct, total, p, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def _accuracy(network: Network, target: Target, images: Images, progress: Progress | None) -> Accuracy:
+    parts = [(x.numpy(), y.numpy()) for x, y in images.batches(256)]
+    x, y = np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+    outputs = target.run(network.artifact, [x], progress)
+    return wilson(int((outputs.argmax(axis=1) == y).sum()), len(y))
+
+
+def _inputs(images: Images | None, example: Example) -> list[torch.Tensor]:
+    """Real images where there are some, else the example."""
+    if images is not None:
+        return [next(iter(images.batches(min(AGREEMENT_IMAGES, len(images)))))[0]]
+    args, kwargs = as_call(example)
+    return [item for item in (*args, *kwargs.values()) if isinstance(item, torch.Tensor)]
+
+
+def _agreement(network: Network, target: Target, inputs: list[torch.Tensor]) -> Agreement:
+    with torch.inference_mode():
+        expected = _first(network.module.eval()(*inputs)).float().numpy()
+    found = target.run(network.artifact, [x.numpy() for x in inputs])
+    scale = float(np.abs(expected).max()) or 1.0
+    same = float((expected.reshape(len(expected), -1).argmax(1) == found.reshape(len(found), -1).argmax(1)).mean())
+    tolerance = TOLERANCE.get(network.artifact.precision, TOLERANCE["f32"])
+    return Agreement(len(expected), float(np.abs(expected - found).max()) / scale, same, tolerance)
+
+
+def _first(output: object) -> torch.Tensor:
+    leaves = torch.utils._pytree.tree_flatten(output)[0]
+    return next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+
+def _shifted(progress: Progress | None, done: int, total: int) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda at, of: progress(done + at, total)
