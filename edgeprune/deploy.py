@@ -29,6 +29,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -74,7 +75,7 @@ class _Entry:
 @dataclass(frozen=True)
 class _State:
     installed: tuple[_Entry, ...]  # oldest first
-    line: tuple[str, ...]  # the last is current, a rollback goes to the one before; never the same twice in a row
+    line: tuple[str, ...]  # the last is current, a rollback goes to the one before it
 
 
 def install(
@@ -117,7 +118,7 @@ def install(
                     _bring(files, content, folder, entry.name)
                 _try(smoke, folder, entry.name)
                 _switch(folder, before, after)
-            finally:  # a failure's remains or what `keep` let go: `current` tells which
+            finally:  # what a failure left, or what `keep` let go: `current` tells which of the two
                 _clean(folder, _load(folder, _current(folder)))
     return Receipt(str(folder), entry.name, entry.sha256, current)
 
@@ -247,20 +248,21 @@ def _prepare(folder: Path) -> None:
 
 def _make_folder(path: Path) -> None:
     if not _is_folder(path):
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)  # another first install may have made it meanwhile
         disk.sync(path.parent)
 
 
 def _is_folder(path: Path) -> bool:
     """False when there is nothing; an error when there is something else."""
-    if path.is_dir():
-        return True
-    with suppress(FileNotFoundError):
-        path.stat()  # raises what is_dir() may swallow: a loop of links, a folder that may not be entered
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise DeployError(f"{path} is a link to nothing; remove it, or choose another folder") from None
+        return False
+    if not stat.S_ISDIR(found.st_mode):
         raise DeployError(f"{path} is not a folder; remove it, or choose another folder")
-    if path.is_symlink():
-        raise DeployError(f"{path} is a link to nothing; remove it, or choose another folder")
-    return False
+    return True
 
 
 @contextmanager
@@ -268,7 +270,7 @@ def _locked(folder: Path, timeout_s: float) -> Iterator[None]:
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         _wait_for_lock(handle, folder, timeout_s)
-        with suppress(OSError):  # the number only serves the message of those who wait: a full disk must not stop us
+        with suppress(OSError):  # the number only serves the message below: a full disk is no reason to stop
             os.pwrite(handle, f"{os.getpid():<20}\n".encode(), 0)
         yield
     finally:
@@ -356,7 +358,8 @@ def _switch(folder: Path, before: _State, after: _State) -> None:
     states = {"format": HISTORY_FORMAT, "before": disk.plain(before), "after": disk.plain(after)}
     with disk.writing(path) as beside:
         beside.write_text(json.dumps(states, indent=1) + "\n", encoding="utf-8")
-        beside.chmod((folder / "versions").stat().st_mode & 0o666)  # whoever may enter versions/ may list them
+        # mkstemp makes private files, but whoever may enter versions/ may list them
+        beside.chmod((folder / "versions").stat().st_mode & 0o666)
     link = folder / ".current-next"
     link.unlink(missing_ok=True)
     link.symlink_to(Path("versions") / after.line[-1])
@@ -455,10 +458,11 @@ def _explained(action: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RunError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        cause = error.__cause__ or error  # files.writing gives the advice for a run folder
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "make room" if full else "check the path, its permissions and its disk"
         raise DeployError(
-            f"{action} {folder} failed: {error}; {_standing(folder)}; {advice}, then try again"
+            f"{action} {folder} failed: {cause}; {_standing(folder)}; {advice}, then try again"
         ) from error
 
 

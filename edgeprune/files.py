@@ -25,6 +25,7 @@ def writing(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.fchmod(handle, 0o666 & ~_umask())  # others may read what they may read elsewhere
     os.close(handle)
     beside = Path(name)
     try:
@@ -40,6 +41,12 @@ def writing(path: Path) -> Iterator[Path]:
         raise RunError(f"{path} could not be written: {error}") from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def sync(path: Path) -> None:

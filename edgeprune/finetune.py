@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from . import files
 from .errors import RunError
-from .target import Progress
+from .records import Progress
 
 FORMAT = "edgeprune.epoch/1"
 Batches = Iterable[tuple[Tensor, Tensor]]

@@ -15,8 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from . import surgery, widths
 from .graph import Example, ModelGraph, as_call, trace
-from .records import Keep
-from .target import Progress
+from .records import Keep, Progress
 
 TOLERANCE = 1e-5  # of the largest output: the cut network against the masked one
 

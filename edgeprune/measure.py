@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .allocate import Candidates, Costs
-from .records import Artifact, Block, Layer, LayerShape, Timing
+from .records import Artifact, Block, Layer, LayerShape, Progress, Timing
 from .store import Store
 from .table import IDENTITY, Correction, LatencyTable, fit, points, summed_ms, surface, weights_mib
-from .target import Progress, Target
+from .target import Target
 from .widths import shape_at
 
 BATCH = 12  # layers measured in turn

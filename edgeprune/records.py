@@ -6,11 +6,13 @@ Every stage reads records and returns new ones. Those that are written to a run 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+Progress = Callable[[int, int], None]  # told (done, of)
 
 # ---- the network ---------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,14 +17,12 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from .errors import ConfigError, UsageError
-from .records import Artifact, DeviceState, Fingerprint, LayerShape, Timing
+from .records import Artifact, DeviceState, Fingerprint, LayerShape, Progress, Timing
 
 if TYPE_CHECKING:
     from torch import nn
 
     from .graph import Example
-
-Progress = Callable[[int, int], None]  # (done, of)
 
 
 class Target(Protocol):

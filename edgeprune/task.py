@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import finetune
 from .finetune import Epoch, Images, Settings
-from .target import Progress
+from .records import Progress
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from .finetune import Images
 from .graph import Example, as_call
-from .records import Accuracy, Agreement, Artifact, Budget, NetworkCheck, Timing, VerifyReport
-from .target import Progress, Target
+from .records import Accuracy, Agreement, Artifact, Budget, NetworkCheck, Progress, Timing, VerifyReport
+from .target import Target
 
 TOLERANCE = {"f32": 1e-3, "f16": 2e-2, "bf16": 5e-2, "int8": 0.2}  # of the largest output, by precision
 AGREEMENT_IMAGES = 64

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-from .target import Progress
+from .records import Progress
 
 
 class Watch(Protocol):

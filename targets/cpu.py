@@ -16,8 +16,8 @@ from .. import export, files
 from ..agent import Agent
 from ..errors import RuntimeMissing
 from ..graph import Example
-from ..records import Artifact, DeviceState, Fingerprint, LayerShape, Timing
-from ..target import Progress, Target
+from ..records import Artifact, DeviceState, Fingerprint, LayerShape, Progress, Timing
+from ..target import Target
 
 LAYERS = (
     "conv", "conv_transpose", "linear", "max_pool", "avg_pool", "global_pool", "scale", "add", "mul",

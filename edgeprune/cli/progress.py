@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..target import Progress as Told
+from ..records import Progress as Told
 
 console = Console(stderr=True, highlight=False)
 

@@ -26,7 +26,7 @@ def conv(run: Run, op: Op) -> list[Labels]:
     x_labels = run.ledger.uniform_all(run.of(x), range(axis + 1, len(x_shape)), spatial)
     x_ids, rest = channel_ids(run, x_labels, axis, x_shape[axis], run.why("channels mixed with the batch"))
     rows, columns = _weight_ids(run, weight)
-    out = _bind(run, x_ids, rows, columns, int(a["groups"]), transposed)
+    out = _bind(run, x_ids, rows, columns, int(a["groups"]), transposed, _fed_by(run, x))
     _bind_bias(run, a["bias"], out)
     return [(*as_axis(out, axis, len(x_shape), True), *rest)]
 
@@ -43,35 +43,39 @@ def _weight_ids(run: Run, weight: Ref) -> tuple[Tensor, Tensor]:
     return ids_along(rows, 0, shape[0]), ids_along(columns, 1, shape[1])
 
 
-def _bind(run: Run, x: Tensor, rows: Tensor, columns: Tensor, groups: int, transposed: bool) -> Tensor:
+def _fed_by(run: Run, x: Ref) -> str:
+    if run.value(x).source == "input":
+        return run.why("reads the network's input")
+    return run.why("fed by positions that cannot be removed")
+
+
+def _bind(run: Run, x: Tensor, rows: Tensor, columns: Tensor, groups: int, transposed: bool, fed_by: str) -> Tensor:
     """Bind a weight (rows: first axis, columns: second) to incoming ids; returns the outgoing ids."""
-    network_input = run.why("fed by positions that cannot be removed")
     reads, makes = (rows, columns) if transposed else (columns, rows)
     run.play(reads, "in")
     run.play(makes, "out")
     if groups == 1:
-        run.ledger.unite(x, reads, network_input)
+        run.ledger.unite(x, reads, fed_by)
         return makes
     if transposed:
-        return _bind_transposed_groups(run, x, rows, columns, groups)
+        return _bind_transposed_groups(run, x, rows, columns, groups, fed_by)
     x_grid, out_grid = x.reshape(groups, -1), rows.reshape(groups, -1)
     if x_grid.shape[1] == 1:  # depthwise, with its multiplier
-        run.ledger.unite(x_grid, out_grid, network_input)
+        run.ledger.unite(x_grid, out_grid, fed_by)
     elif groups >= min(x_grid.shape[1], out_grid.shape[1]):  # whole groups: more units than equal offsets
-        run.ledger.unite(x_grid, x_grid[:, :1], network_input)
-        run.ledger.unite(out_grid, x_grid[:, :1], network_input)
+        run.ledger.unite(x_grid, x_grid[:, :1], fed_by)
+        run.ledger.unite(out_grid, x_grid[:, :1], fed_by)
         run.ledger.freeze(columns, run.why("inside a convolution group: whole groups are cut"))
     else:  # equal offsets of all groups
-        run.ledger.unite(x_grid, columns.reshape(1, -1), network_input)
-        run.ledger.unite(out_grid, out_grid[:1], network_input)
+        run.ledger.unite(x_grid, columns.reshape(1, -1), fed_by)
+        run.ledger.unite(out_grid, out_grid[:1], fed_by)
     return rows
 
 
-def _bind_transposed_groups(run: Run, x: Tensor, rows: Tensor, columns: Tensor, groups: int) -> Tensor:
-    reason = run.why("fed by positions that cannot be removed")
-    run.ledger.unite(x, rows, reason)
+def _bind_transposed_groups(run: Run, x: Tensor, rows: Tensor, columns: Tensor, groups: int, fed_by: str) -> Tensor:
+    run.ledger.unite(x, rows, fed_by)
     grid = rows.reshape(groups, -1)
-    run.ledger.unite(grid, grid[:, :1], reason)
+    run.ledger.unite(grid, grid[:, :1], fed_by)
     run.ledger.freeze(columns, run.why("inside a convolution group: whole groups are cut"))
     return grid[:, :1].expand(groups, columns.numel()).reshape(-1)
 
@@ -91,7 +95,7 @@ def linear(run: Run, op: Op) -> list[Labels]:
     rows, columns = _weight_ids(run, weight)
     run.play(columns, "in")
     run.play(rows, "out")
-    run.ledger.unite(x_ids, columns, run.why("fed by positions that cannot be removed"))
+    run.ledger.unite(x_ids, columns, _fed_by(run, x))
     _bind_bias(run, a["bias"], rows)
     assert rows.numel() == w_shape[0]
     return [(*as_axis(rows, axis, len(x_shape), True), *rest)]

@@ -179,10 +179,11 @@ class Ledger:
             self.unite(merged, label.ids, reason)
             merged, other = torch.broadcast_tensors(merged, label.ids)
             merged = torch.maximum(merged, other)
-        for owner, (_, shape) in enumerate(operands):
-            if owner not in owners and any(shape[axis] > 1 for axis in axes):
-                self.freeze(merged, reason)
-        return merged
+        fixed = {
+            axis for owner, (_, shape) in enumerate(operands) if owner not in owners for axis in axes if shape[axis] > 1
+        }
+        left = self.uniform(Label(merged, False), sorted(fixed), reason)
+        return merged if left is None else left.ids
 
     # -- running structure as it is --------------------------------------------------------------------------
 

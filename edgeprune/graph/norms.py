@@ -82,6 +82,16 @@ def group_norm(run: Run, op: Op) -> list[Labels]:
     return [(*own, *rest)]
 
 
+def weight_norm(run: Run, op: Op) -> list[Labels]:
+    """A weight as direction and length: every slice along `dim` has a length of its own."""
+    a = arguments(op)
+    direction, length = a["v"], a["g"]
+    operands = [(run.of(direction), run.shape(direction)), (run.of(length), run.shape(length))]
+    merged = run.ledger.merge(operands, any, run.why("scales positions that cannot be removed"))
+    norms = tuple(label for label in merged if label.axes == (a["dim"],))
+    return [merged, norms]
+
+
 # ---- reductions ----------------------------------------------------------------------------------------------
 
 

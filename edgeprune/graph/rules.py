@@ -88,6 +88,7 @@ RULES: dict[str, Rule] = {
              "argmax argmin median kthvalue", norms.reduce),
     **_named("softmax log_softmax cumsum cumprod topk sort argsort", norms.softmax),
     **_named("glu", norms.glu),
+    **_named("_weight_norm_interface", norms.weight_norm),
     **_named("prelu", norms.prelu),
     **_named("view _unsafe_view reshape flatten unflatten permute transpose t squeeze unsqueeze select slice "
              "split split_with_sizes chunk narrow unbind movedim swapaxes diagonal", structure.as_is),

@@ -29,7 +29,13 @@ def as_is(run: Run, op: Op) -> list[Labels]:
     if op.func._schema.name in ("aten::select", "aten::unbind"):
         labels = _whole_along(run, labels, _dim(op), reason)
     results = run.ledger.through(labels, run.shape(x), lambda full: func(full, *rest, **kwargs), reason)
-    return results or [() for _ in op.outputs]
+    return [_without_merged_copies(made) for made in results] or [() for _ in op.outputs]
+
+
+def _without_merged_copies(labels: Labels) -> Labels:
+    """Copies that were folded into an axis with channels of its own go with those."""
+    taken = {axis for label in labels if not label.copies for axis in label.axes}
+    return tuple(label for label in labels if not (label.copies and taken & set(label.axes)))
 
 
 def _is_view(op: Op) -> bool:

@@ -16,7 +16,7 @@ from .rewrite import Rewriter
 
 # attribute <- (tensor, axis) of PyTorch's own layers; `groups` and `num_groups` come from the recorded operators
 SIZES: dict[str, tuple[str, int]] = {
-    "in_features": ("weight", 1), "out_features": ("weight", 0), "num_features": ("running_mean", 0),
+    "in_features": ("weight", 1), "out_features": ("weight", 0), 
     "num_channels": ("weight", 0), "num_parameters": ("weight", 0), "embedding_dim": ("weight", 1),
 }  # fmt: skip
 SHAPES_TELL = ("split", "split_with_sizes", "chunk", "unsafe_chunk", "unsafe_split", "new_zeros", "zeros")
@@ -56,6 +56,10 @@ def set_sizes(module: nn.Module, rewriter: Rewriter, use_attributes: bool) -> No
         _set_layer_sizes(part)
     wanted: dict[str, dict[int, set[int]]] = {}
     for op in rewriter.recording.ops:
+        if name_of(op.func) in ("instance_norm", "batch_norm"):  # it may have no tensors of its own
+            part = module.get_submodule(op.module)
+            if isinstance(getattr(part, "num_features", None), int):
+                part.num_features = rewriter.shape(op.outputs[0])[1]  # type: ignore[assignment]
         changed = rewriter.changed(op)
         if changed is None:
             continue

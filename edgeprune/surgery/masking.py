@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..graph import ModelGraph
 from ..graph.blocks import branch_state
 from ..graph.rules import has_rule, name_of
+from ..graph.run import arguments
 from ..records import Keep
 from .checks import check, only_cut
 from .rewrite import Rewriter
@@ -26,9 +27,12 @@ def mask(model: nn.Module, graph: ModelGraph, keep: Keep) -> nn.Module:
     dropped = check(model, graph, keep)
     rewriter = Rewriter(graph, only_cut(keep))
     masked = copy.deepcopy(model)
+    directions = _directions(rewriter)
     state = dict([*masked.named_parameters(), *masked.named_buffers()])
     with torch.no_grad():
         for (name, axis), kept in rewriter.positions.items():
+            if (name, axis) in directions:
+                continue
             gone = np.setdiff1d(np.arange(state[name].shape[axis]), kept.numpy())
             state[name].index_fill_(axis, torch.from_numpy(gone), 0)
         for block in dropped:
@@ -40,6 +44,17 @@ def mask(model: nn.Module, graph: ModelGraph, keep: Keep) -> nn.Module:
         if found is not None:
             padded[at] = (found[0], torch.from_numpy(rewriter.kept_along(op.outputs[0], found[0])))
     return _Padded(masked, padded) if padded else masked
+
+
+def _directions(rewriter: Rewriter) -> set[tuple[str, int]]:
+    """Weight norm's directions along their axis: the length is zeroed instead, since zero has no direction."""
+    values = rewriter.recording.values
+    found = set()
+    for op in rewriter.recording.ops:
+        if name_of(op.func) == "_weight_norm_interface":
+            a = arguments(op)
+            found.add((values[a["v"].value].name, a["dim"]))
+    return found
 
 
 class _Padded(nn.Module):

@@ -295,7 +295,7 @@ def _doubled(model: nn.Module, example: Example, recording: Recording) -> Record
 
     args, kwargs = as_call(example)
     try:
-        larger = record(model.eval(), tuple(map(twice, args)) or {k: twice(v) for k, v in kwargs.items()}, has_rule)
+        larger = record(model, tuple(map(twice, args)) or {k: twice(v) for k, v in kwargs.items()}, has_rule)
     except TraceError:
         return None
     same = [op.func for op in larger.ops] == [op.func for op in recording.ops]

@@ -1,0 +1,26 @@
+"""Shared by all tests: measurements go to a folder of their own, one thread, and torchvision imports on CPU torch."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ["EDGEPRUNE_HOME"] = tempfile.mkdtemp(prefix="edgeprune-tests-")
+torch.set_num_threads(1)
+
+# torchvision's wheel is built for CUDA; on a CPU build of torch its operators have to be declared before it imports
+_OPERATORS = torch.library.Library("torchvision", "DEF")
+for _name in ("nms", "qnms"):
+    _OPERATORS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
