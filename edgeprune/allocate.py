@@ -13,7 +13,7 @@ from . import knapsack
 from .errors import UnreachableBudget, UsageError
 from .importance import Importance, kept_value
 from .records import Block, Plan
-from .table import Surface, follows_input, predict_ms, weights_mib
+from .table import IDENTITY, Correction, Surface, follows_input, predict_ms, weights_mib
 from .widths import shape_at, size
 
 Floats = NDArray[np.float64]
@@ -29,6 +29,11 @@ class Costs:
     candidates: Candidates
     blocks: tuple[Block, ...]
     dense: Mapping[str, int]  # units of the uncut network
+
+    @property
+    def correction(self) -> Correction:
+        """From summed layers to whole networks."""
+        return self.surfaces[0].table.correction if self.surfaces else IDENTITY
 
     def predict_ms(self, units: Mapping[str, int]) -> float:
         return predict_ms(self.present(units), units)
@@ -120,8 +125,7 @@ def problem_of(costs: Costs, importance: Importance) -> knapsack.Problem:
     for block in costs.blocks:
         inside = [g for g in block.groups if 0 in costs.candidates[g]]
         together += [((number[a], 0), (number[b], 0)) for a, b in itertools.pairwise(inside)]
-    correction = costs.surfaces[0].table.correction if costs.surfaces else None
-    constant = builder.constant + (correction.overhead_ms if correction else 0.0)
+    constant = builder.constant + costs.correction.overhead_ms
     return knapsack.Problem(values, tuple(builder.pairs), tuple(builder.sums), constant, tuple(together))
 
 

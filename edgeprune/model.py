@@ -137,8 +137,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # each format raises its own kinds
         if "weights_only" in str(error) or "Unsupported" in str(error) or "unpickl" in str(error).lower():
             raise ModelError(
-                f"{path} is a pickle that holds more than tensors; loading it would run code. Save the state dict alone: "
-                "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
+                f"{path} is a pickle that holds more than tensors; loading it would run code. Save the state dict "
+                "alone: safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
             ) from error
         raise ModelError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import platform
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 
 import numpy as np
 from torch import nn
@@ -13,7 +16,7 @@ from .finetune import load_state, read_tensors, save_tensors
 from .graph import Example, ModelGraph, trace
 from .importance import Importance
 from .planning import Bench, Chosen
-from .records import Artifact, Budget, Keep, Plan, VerifyReport
+from .records import Artifact, Budget, Keep, LayerRow, Plan, VerifyReport
 from .runs import Run
 from .store import Store
 from .target import Target
@@ -23,6 +26,7 @@ from .watch import Silent, Watch
 STEP = "edgeprune.step/1"
 VERIFY = "edgeprune.verify/1"
 TABLE = "edgeprune.table/1"
+LAYERS = "edgeprune.layers/1"
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,8 @@ def compress(
     """
     watch = watch or Silent()
     graph = trace(model, example, asked.protected)
-    runs.claim(run, graph, {**files.plain(asked), "target": files.plain(target.fingerprint())}, resume)
+    wanted = {**files.plain(asked), "target": files.plain(target.fingerprint())}
+    runs.claim(run, graph, wanted, facts(model, task), resume)
     if not run.has("verify.json"):
         costs = latency_costs(graph, target, asked, store, run, watch)
         scores = importance.score(model, graph.groups, asked.importance, task.batches(), asked.seed)
@@ -95,6 +100,7 @@ def compress(
             student, keep = prune_step(
                 step, student, keep, model, graph, costs, bench, task, asked, budget_ms, run, watch
             )
+        write_layers(run, costs, asked.steps)
         runs.save_model(run, student, graph, keep)
         artifact = target.export(student, example, run.path("artifact"))
         report = verify_run(
@@ -125,6 +131,33 @@ def _asked(run: Run) -> Asked:
     content = dict(run.read("run.json", runs.RUN)["asked"])
     del content["target"]
     return runs.as_record(Asked, content)
+
+
+def facts(model: nn.Module, task: Task) -> dict[str, object]:
+    """What is kept of a run besides what was asked for."""
+    packages = ("edgeprune", "torch", "numpy", "scipy", "openvino", "onnx")
+    found = {name: version(name) for name in packages if importlib.util.find_spec(name) is not None}
+    return {
+        "network": type(model).__name__,
+        "versions": {"python": platform.python_version(), **found},
+        "training": task.describe(),
+    }
+
+
+def write_layers(run: Run, costs: Costs, steps: int) -> None:
+    """Each layer and group before and after, by the latency table, for the report."""
+    chosen = _read_plan(run, steps)
+    assert chosen is not None
+    units = chosen.plan.widths
+    present = {s.layer.name for s in costs.present(units)}
+    rows = []
+    for s in costs.surfaces:
+        a, b = widths.shape_at(s.layer, costs.dense), widths.shape_at(s.layer, units)
+        planned_ms = s.at(b.in_ch, b.out_ch) if s.layer.name in present else 0.0
+        dense_ms = s.at(a.in_ch, a.out_ch)
+        rows.append(LayerRow(s.layer.name, a.op, a.in_ch, a.out_ch, b.in_ch, b.out_ch, dense_ms, planned_ms))
+    groups = [{"id": g, "dense": n, "kept": units[g]} for g, n in costs.dense.items()]
+    run.write("layers.json", LAYERS, {"rows": rows, "groups": groups, "correction": costs.correction})
 
 
 def latency_costs(graph: ModelGraph, target: Target, asked: Asked, store: Store, run: Run, watch: Watch) -> Costs:

@@ -122,8 +122,8 @@ def check_budget(budget: Budget, start: Preflight) -> float:
     if wanted < start.floor.measured_ms:
         raise UnreachableBudget(
             f"the budget of {wanted:.4g} ms cannot be reached by pruning: the fastest this network gets on this device "
-            f"is {start.floor.measured_ms:.4g} ms ({start.dense_ms / start.floor.measured_ms:.2f}x), measured with every "
-            "group at its least width. Lower compress.min_width, allow compress.drop_blocks, or raise the budget."
+            f"is {start.floor.measured_ms:.4g} ms ({start.dense_ms / start.floor.measured_ms:.2f}x), measured with "
+            "every group at its least width. Lower compress.min_width, allow compress.drop_blocks, or raise the budget."
         )
     return wanted
 

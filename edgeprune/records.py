@@ -111,6 +111,20 @@ class Plan:
     gap: float  # certified relative distance of `value` from the optimum
 
 
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer by the latency table, before and after; one that is gone takes 0 ms."""
+
+    name: str
+    op: str
+    in_ch: int
+    out_ch: int
+    planned_in: int
+    planned_out: int
+    dense_ms: float
+    planned_ms: float
+
+
 # ---- measurements --------------------------------------------------------------------------------------------
 
 
@@ -228,4 +242,5 @@ class VerifyReport:
     speedup_high: float
     fingerprint: Fingerprint
     state: DeviceState
+    measured_at: str  # UTC, ISO 8601
     notes: tuple[str, ...]

@@ -52,9 +52,15 @@ class Run:
         return files.read_json(self.path(name), format_name)
 
 
-def claim(run: Run, graph: ModelGraph, asked: Mapping[str, Any], resume: bool) -> None:
+def claim(run: Run, graph: ModelGraph, asked: Mapping[str, Any], facts: Mapping[str, Any], resume: bool) -> None:
     """Make a folder this run's own, or go on in it.
 
+    Args:
+        run: the folder.
+        graph: of the network.
+        asked: what was asked for: the same again when a run goes on.
+        facts: what else is worth keeping: versions, the network's name, training settings.
+        resume: go on in a folder that holds this run already.
     Raises:
         RunError: it belongs to another network or to other settings, or holds a run and `resume` is off.
     """
@@ -63,7 +69,7 @@ def claim(run: Run, graph: ModelGraph, asked: Mapping[str, Any], resume: bool) -
         if run.folder.exists() and any(run.folder.iterdir()):
             raise RunError(f"{run.folder} is not empty and holds no run; give another folder with --run")
         save_example(graph.example, run.path("example.safetensors"))
-        run.write("run.json", RUN, wanted)
+        run.write("run.json", RUN, {**wanted, **facts})
         return
     found = run.read("run.json", RUN)
     if found["fingerprint"] != graph.fingerprint:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -35,6 +36,9 @@ class Task(Protocol):
     def evaluate(self, model: nn.Module) -> float | None:
         """Accuracy (0..1) on images that may guide choices; None when unknown."""
 
+    def describe(self) -> dict[str, Any]:
+        """The recipe, for the record."""
+
 
 class Classification:
     """Images and labels of a project: cross entropy and distillation."""
@@ -63,6 +67,10 @@ class Classification:
 
     def evaluate(self, model: nn.Module) -> float | None:
         return finetune.accuracy(model, self._search)
+
+    def describe(self) -> dict[str, Any]:
+        images = {"train": len(self._train), "search": len(self._search), "final": len(self.final or ())}
+        return {**asdict(self.settings), "epochs": self.epochs, "step_epochs": self.step_epochs, "images": images}
 
 
 class Callables:
@@ -94,3 +102,6 @@ class Callables:
 
     def evaluate(self, model: nn.Module) -> float | None:
         return float(self._evaluate(model)) if self._evaluate is not None else None
+
+    def describe(self) -> dict[str, Any]:
+        return {"loop": "your own" if self._train is not None else "none"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 
 import numpy as np
 import torch
@@ -65,13 +66,10 @@ def verdict(report: VerifyReport) -> list[Check]:
                 f", same class on {a.same_class:.1%} of {a.images} images",
             )
         )
-    if report.accuracy_floor is not None and report.pruned.accuracy is not None:
-        value = report.pruned.accuracy.value
-        checks.append(
-            Check(
-                "accuracy", value >= report.accuracy_floor, f"{value:.2%} measured, floor {report.accuracy_floor:.2%}"
-            )
-        )
+    if report.accuracy_floor is not None:
+        found, wanted = report.pruned.accuracy, report.accuracy_floor
+        text = f"{found.value:.2%} measured" if found is not None else "not measured: there were no final images"
+        checks.append(Check("accuracy", found is not None and found.value >= wanted, f"{text}, floor {wanted:.2%}"))
     return checks
 
 
@@ -130,19 +128,19 @@ def check(
                 size_bytes=network.artifact.size_bytes,
             )
         )
-    fingerprint = target.fingerprint()
     return VerifyReport(
-        budget,
-        accuracy_floor,
-        predicted_ms,
-        checks[0],
-        checks[1],
-        speedup,
-        low,
-        high,
-        fingerprint,
-        target.state(),
-        notes,
+        budget=budget,
+        accuracy_floor=accuracy_floor,
+        predicted_ms=predicted_ms,
+        dense=checks[0],
+        pruned=checks[1],
+        speedup=speedup,
+        speedup_low=low,
+        speedup_high=high,
+        fingerprint=target.fingerprint(),
+        state=target.state(),
+        measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        notes=notes,
     )
 
 

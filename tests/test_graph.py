@@ -206,7 +206,7 @@ def test_units_that_do_not_exist_and_unknown_groups_are_refused() -> None:
     graph = trace(model, image())
     with pytest.raises(SurgeryError, match=r"group stem\.0 has units 0 to 7; \(3, 99\) is not an ascending choice"):
         surgery.cut(model, graph, {"stem.0": (3, 99)})
-    with pytest.raises(SurgeryError, match="no channel group is called 'nope'; this network has stem.0"):
+    with pytest.raises(SurgeryError, match=r"no channel group is called .nope.; this network has stem\.0"):
         surgery.cut(model, graph, {"nope": (0,)})
 
 

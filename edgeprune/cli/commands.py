@@ -97,8 +97,8 @@ def inspect(
     show.result(inspection.as_json(found), as_json, lambda _: show.inspection(found))
     if check and found.max_deviation is not None and found.max_deviation > inspection.TOLERANCE:
         raise MissedError(
-            f"cutting {found.worst} changes the output by {found.max_deviation:.2g} of its largest value; freeze it with "
-            "--frozen, and please report this network"
+            f"cutting {found.worst} changes the output by {found.max_deviation:.2g} of its largest value; freeze it "
+            "with --frozen, and please report this network"
         )
 
 

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import verify
-from ..records import VerifyReport
+from ..records import LayerRow, VerifyReport
 from . import units
-from .found import Found, GroupRow, Json, LayerRow, Prediction, Step
+from .found import Found, GroupRow, Json, Prediction, Step
 
 MAX_LABEL = 22  # characters of a layer's name that leave room for its bar on a phone
 ROW_PX = 20
@@ -55,7 +55,7 @@ def widths(groups: Sequence[GroupRow]) -> Chart:
     caption += "; channels went where the dark bar is shorter than the pale one."
     if not known:
         caption = f"What each of {len(groups)} groups keeps; the run folder does not say how wide they were."
-    return _bars(caption, "units (channels that go together)", [(g.id, g.dense, g.kept) for g in groups])
+    return _bars(caption, "units of channels", [(g.id, g.dense, g.kept) for g in groups])
 
 
 def layers(rows: Sequence[LayerRow]) -> Chart:

@@ -11,26 +11,11 @@ from .. import finetune, pipeline, planning, runs
 from ..errors import RunError
 from ..finetune import Epoch
 from ..planning import Chosen, Preflight
-from ..records import VerifyReport
+from ..records import LayerRow, VerifyReport
 from ..runs import Run
 from ..table import Correction
 
-LAYERS = "edgeprune.layers/1"
 Json = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """One layer by the latency table, before and after; one that is gone takes 0 ms."""
-
-    name: str
-    op: str
-    in_ch: int
-    out_ch: int
-    planned_in: int
-    planned_out: int
-    dense_ms: float
-    planned_ms: float
 
 
 @dataclass(frozen=True)
@@ -95,7 +80,7 @@ def read(run: Run) -> Found:
             f"{run.folder} holds no verify.json: the run is not finished; go on with `edgeprune compress --resume`"
         )
     preflight = _optional(run, "preflight.json", planning.PREFLIGHT)
-    layers: Json = {"rows": [], "groups": [], "correction": None} | _optional(run, "layers.json", LAYERS)
+    layers: Json = {"rows": [], "groups": [], "correction": None} | _optional(run, "layers.json", pipeline.LAYERS)
     return Found(
         report=runs.as_record(VerifyReport, run.read("verify.json", pipeline.VERIFY)),
         asked=_optional(run, "run.json", runs.RUN),

@@ -16,7 +16,7 @@ from .rewrite import Rewriter
 
 # attribute <- (tensor, axis) of PyTorch's own layers; `groups` and `num_groups` come from the recorded operators
 SIZES: dict[str, tuple[str, int]] = {
-    "in_features": ("weight", 1), "out_features": ("weight", 0), 
+    "in_features": ("weight", 1), "out_features": ("weight", 0),
     "num_channels": ("weight", 0), "num_parameters": ("weight", 0), "embedding_dim": ("weight", 1),
 }  # fmt: skip
 SHAPES_TELL = ("split", "split_with_sizes", "chunk", "unsafe_chunk", "unsafe_split", "new_zeros", "zeros")
