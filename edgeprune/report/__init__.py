@@ -108,9 +108,7 @@ def notes(found: Found) -> list[str]:
     planned_for = found.asked.get("asked", {}).get("target", files.plain(report.fingerprint))
     moved = planned_for != files.plain(report.fingerprint)
     plan = found.steps[-1].chosen.note if found.steps else ""
-    unchecked = report.accuracy_floor is not None and report.pruned.accuracy is None
     return [
-        *(["the accuracy floor was not checked, for accuracy was not measured"] if unchecked else []),
         *(["verified on another device, or with other settings of it, than planned for"] if moved else []),
         *report.notes,
         *report.state.notes,
