@@ -33,8 +33,8 @@ def score(
     Args:
         model: the network.
         groups: its channel groups.
-        name: "sp-lamp" (share of the energy that is at least as large), "sp-lamp-log" (its additive form), "l1" and
-            "l2" (norms of what makes the channel), "taylor" (first-order change of the loss), "random".
+        name: "sp-lamp" (LAMP of the unit's energy, once for each layer that makes it), "sp-lamp-log" (the additive
+            form), "l1" and "l2" (norms of what makes the channel), "taylor" (first-order change of the loss), "random".
         batches: for "taylor": (inputs, labels), augmented or held out: on images a network has memorised, gradients
             are noise.
         seed: for "random".
@@ -52,10 +52,9 @@ def score(
     state = {n: p.detach() for n, p in model.named_parameters()}
     power = 1 if name == "l1" else 2
     energies = {g.id: _energy(g, state, power, relative=name.startswith("sp-lamp")) for g in groups}
-    if name == "sp-lamp":
-        return {group: lamp(energy) for group, energy in energies.items()}
-    if name == "sp-lamp-log":
-        return {group: lamp_log(energy) for group, energy in energies.items()}
+    if name.startswith("sp-lamp"):
+        share = lamp if name == "sp-lamp" else lamp_log
+        return {g.id: len(_makers(g, state)) * share(energies[g.id]) for g in groups}
     return {group: energy if name == "l1" else np.sqrt(energy) for group, energy in energies.items()}
 
 
@@ -96,14 +95,18 @@ def kept_value(scores: NDArray[np.float64], widths: Iterable[int]) -> NDArray[np
 
 def _energy(group: ChannelGroup, state: Mapping[str, Tensor], power: int, relative: bool) -> NDArray[np.float64]:
     """Sum over producers of |W|^power for each unit, each producer over its own total when `relative`."""
-    makers = [m for m in group.members if m.role == "out" and m.tensor in state and state[m.tensor].dim() > 1]
-    makers = makers or [m for m in group.members if m.tensor in state]
     total = np.zeros(group.width)
-    for member in makers:
+    for member in _makers(group, state):
         energy = _per_unit(state[member.tensor].abs().double() ** power, member)
         whole = energy.sum() if relative else 1.0
         total += energy / whole if whole > 0 else 0.0
     return total
+
+
+def _makers(group: ChannelGroup, state: Mapping[str, Tensor]) -> list[Member]:
+    """The weights that make the group's channels; without any, all that belongs to it."""
+    makers = [m for m in group.members if m.role == "out" and m.tensor in state and state[m.tensor].dim() > 1]
+    return makers or [m for m in group.members if m.tensor in state]
 
 
 def _per_unit(values: Tensor, member: Member) -> NDArray[np.float64]:

@@ -81,8 +81,12 @@ def check_options(name: str, keys: Mapping[str, Any]) -> BaseModel:
         return options.model_validate(dict(keys))
     except ValidationError as error:
         allowed = ", ".join(options.model_fields)
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors())
-        raise ConfigError(f"[target.{name}]: {problems} (keys of kind {keys['kind']}: {allowed})") from error
+        problems = []
+        for problem in error.errors():
+            key = ".".join(map(str, problem["loc"]))
+            unknown = problem["type"] == "extra_forbidden"
+            problems.append(f"unknown key {key}" if unknown else f"{key}: {problem['msg'].lower()}")
+        raise ConfigError(f"[target.{name}]: {'; '.join(problems)} (allowed for {keys['kind']}: {allowed})") from error
 
 
 def open_target(name: str, sections: Mapping[str, Mapping[str, Any]]) -> Target:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+from typing import Any
 
 from ..errors import EdgepruneError
 
-STOPPED = 130
+STOPPED = 130  # what shells expect after Ctrl-C, and what typer makes of it
+STOPPED_TEXT = "stopped; what was finished is kept: go on with `edgeprune compress --resume`"
 
 
 def main() -> None:
@@ -23,20 +25,25 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command; returns its exit status. No error the user can act on shows a traceback."""
-    import click
+    import typer
 
     from .commands import app
+
+    # typer brings its own click in some releases and uses the installed one in others
+    wrong_use: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
     try:
         status = app(arguments, standalone_mode=False)
         return int(status or 0)
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
+        if stop.exit_code == STOPPED:
+            print(STOPPED_TEXT, file=sys.stderr)
         return int(stop.exit_code)
-    except click.ClickException as error:
+    except wrong_use as error:
         error.show()
-        return int(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        print("stopped; what was finished is kept: go on with `edgeprune compress --resume`", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        print(STOPPED_TEXT, file=sys.stderr)
         return STOPPED
     except EdgepruneError as error:
         if "--json" in arguments:

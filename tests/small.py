@@ -1,0 +1,97 @@
+"""A small real project: a residual network on scikit-learn's digits."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+MODEL = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, width=16, classes=10):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.a = nn.Sequential(nn.Conv2d(width, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+                               nn.Conv2d(32, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
+        self.b = nn.Sequential(nn.Conv2d(width, 48, 3, 2, 1, bias=False), nn.BatchNorm2d(48), nn.ReLU())
+        self.fc = nn.Linear(48, classes)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.fc(self.b(torch.relu(x + self.a(x))).mean((2, 3)))
+
+
+def build(width=16, classes=10):
+    torch.manual_seed(0)
+    return Net(width, classes)
+
+
+def not_a_module():
+    return "a string"
+
+
+def raises():
+    raise RuntimeError("no licence")
+
+
+class Flat(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.flatten(1))
+
+
+def flat():
+    return Flat(7, 10)
+
+
+def features():
+    return nn.Conv2d(1, 4, 3)
+"""
+TOML = """
+[model]
+source = "model.py:build"
+input = [1, 1, 16, 16]
+
+[data]
+source = "digits"
+split = [0.6, 0.2, 0.2]
+
+[compress]
+speedup = 1.6
+steps = 2
+min_width = 0.2
+
+[finetune]
+epochs = 2
+step_epochs = 1
+batch_size = 64
+bn_images = 128
+precision = "32-true"
+"""
+
+
+def make(folder: Path, toml: str = TOML) -> Path:
+    """Write the project's files; returns its edgeprune.toml."""
+    (folder / "model.py").write_text(MODEL)
+    path = folder / "edgeprune.toml"
+    path.write_text(toml)
+    return path
+
+
+def command(*arguments: str, cwd: Path, **options: Any) -> subprocess.Popen[str]:
+    """`edgeprune ...` in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "edgeprune", *arguments],
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
