@@ -33,11 +33,11 @@ def run(arguments: list[str]) -> int:
     wrong_use: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
     try:
-        status = app(arguments, standalone_mode=False)
-        return int(status or 0)
-    except typer.Exit as stop:
-        if stop.exit_code == STOPPED:
+        status = int(app(arguments, standalone_mode=False) or 0)
+        if status == STOPPED:
             print(STOPPED_TEXT, file=sys.stderr)
+        return status
+    except typer.Exit as stop:
         return int(stop.exit_code)
     except wrong_use as error:
         error.show()
