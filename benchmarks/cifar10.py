@@ -1,0 +1,273 @@
+"""ResNet-20 and ResNet-56 on CIFAR-10: accuracy at equal measured latency and equal recipe.
+
+    python benchmarks/cifar10.py --data DIR                        every arm that is not in benchmarks/results yet
+    python benchmarks/cifar10.py --data DIR --depth 20 --seeds 3   a part of it; the table shows what there is
+    python benchmarks/cifar10.py --table                           the table alone
+
+Arms: edgeprune's knapsack; uniform widths and random allocations with the same channel scores; Torch-Pruning's group
+magnitude, uniform and global; the dense network with the same extra epoch. Each pruned arm is brought to the same
+latency, measured with OpenVINO f32 on one thread in turn with the dense network. Recipe: batch norm re-estimated, then
+one epoch with distillation from the dense network. Accuracy is of the final half of the test images (5,000); nothing
+was chosen on it. The images are JPEG-compressed and the dense networks adapted to them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import record
+import torch
+from torch import nn
+
+from edgeprune import allocate, data, finetune, importance, measure, model, planning, store, surgery, widths
+from edgeprune.allocate import Costs
+from edgeprune.config import DataSection
+from edgeprune.finetune import Settings
+from edgeprune.graph import ModelGraph, trace
+from edgeprune.importance import Importance
+from edgeprune.planning import Bench
+from edgeprune.target import open_target
+from edgeprune.watch import Silent
+
+HERE = Path(__file__).resolve().parent / "cifar"
+EXAMPLE = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+SPEEDUPS = (2.0, 3.0)
+CLOSE = 0.02  # arms within this of the budget are compared
+BISECTIONS = 9
+ARMS = ("knapsack", "uniform", "random", "tp-uniform", "tp-global")
+SETTINGS = Settings(
+    batch_size=128, learning_rate=0.05, momentum=0.9, weight_decay=5e-4, distillation=0.7, temperature=4.0,
+    precision="bf16-mixed", bn_images=1024, seed=0,
+)  # fmt: skip
+
+
+class Case:
+    """One dense network with its images, its groups and its device."""
+
+    def __init__(self, depth: int, folder: Path) -> None:
+        self.depth = depth
+        self.dense = model.build("resnet.py:build", {"depth": depth}, HERE).eval()
+        model.load_weights(self.dense, folder / f"resnet{depth}_cifar10_adapted.safetensors")
+        section = DataSection(
+            source="images.py:splits", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop=4, flip=True
+        )
+        self.images = data.load(section, HERE, (1, 3, 32, 32))
+        self.graph: ModelGraph = trace(self.dense, EXAMPLE)
+        self.scores: Importance = importance.score(self.dense, self.graph.groups)
+        self.target = open_target("cpu", {})
+        self.folder = Path(tempfile.mkdtemp(prefix="edgeprune-cifar10-"))
+        self.bench = Bench(self.dense, self.graph, self.target, self.folder)
+        self.bench.time([])
+        self.costs = self._costs()
+
+    def _costs(self) -> Costs:
+        candidates = widths.candidates(self.graph.groups, 0.1)
+        layers = measure.timed(self.graph.layers, self.target)
+        table, filled = measure.fill(layers, candidates, self.target, store.Store(store.default_path()))
+        print(f"table: {filled.entries} entries, {filled.measured} measured now", flush=True)
+        return measure.costs(layers, candidates, table, ())
+
+    def time(self, module: nn.Module) -> float:
+        """Milliseconds at the dense network's reference speed."""
+        artifact = self.target.export(module, EXAMPLE, self.folder / "arm")
+        dense, cut = measure.time_networks([self.bench.dense, artifact], self.target)
+        return cut.median_ms * self.bench.reference_ms / dense.median_ms
+
+    def close(self) -> None:
+        self.target.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+# ---- arms: a network for a budget ----------------------------------------------------------------------------
+
+
+def knapsack(case: Case, budget_ms: float, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    costs = _calibrated(case)
+    chosen = planning.meet(case.bench, costs, case.scores, "knapsack", budget_ms, seed, Silent())
+    module = surgery.cut(case.dense, case.graph, chosen.keep)
+    return module, {"widths": dict(chosen.plan.widths), "attempts": len(chosen.attempts)}
+
+
+def _calibrated(case: Case) -> Costs:
+    plans = [dict(allocate.floor(case.costs).widths), *measure.samples(case.costs.candidates, 4, 0)]
+    found = case.bench.time([importance.best(case.scores, p) for p in plans])
+    known = [*zip(plans, found, strict=True), (case.costs.dense, case.bench.reference_ms)]
+    return measure.calibrate(case.costs, known)[0]
+
+
+def uniform(case: Case, budget_ms: float, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    return _scaled(case, budget_ms, dict.fromkeys(case.scores, 1.0))
+
+
+def random(case: Case, budget_ms: float, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    draw = np.random.Generator(np.random.PCG64(1000 + seed))
+    return _scaled(case, budget_ms, {group: 0.2 + 0.8 * draw.random() for group in case.scores})
+
+
+def _scaled(case: Case, budget_ms: float, shape: Mapping[str, float]) -> tuple[nn.Module, dict[str, Any]]:
+    """Every width in proportion to `shape`, any integer; the same channel scores as the knapsack."""
+
+    def make(share: float) -> tuple[nn.Module, dict[str, Any]]:
+        units = {
+            g.id: max(1, min(g.width, round(share * g.width * shape[g.id] / max(shape.values()))))
+            for g in case.graph.groups
+        }
+        return surgery.cut(case.dense, case.graph, importance.best(case.scores, units)), {"widths": units}
+
+    return _bisect(case, budget_ms, make)
+
+
+def torch_pruning(uniformly: bool) -> Callable[[Case, float, int], tuple[nn.Module, dict[str, Any]]]:
+    def arm(case: Case, budget_ms: float, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+        import torch_pruning as tp
+
+        def make(share: float) -> tuple[nn.Module, dict[str, Any]]:
+            module = copy.deepcopy(case.dense)
+            pruner = tp.pruner.MagnitudePruner(
+                module,
+                EXAMPLE,
+                importance=tp.importance.GroupMagnitudeImportance(p=2),
+                pruning_ratio=1 - share,
+                global_pruning=not uniformly,
+                ignored_layers=[module.linear],
+            )
+            pruner.step()
+            return module, {"pruning_ratio": 1 - share}
+
+        return _bisect(case, budget_ms, make)
+
+    return arm
+
+
+def _bisect(
+    case: Case, budget_ms: float, make: Callable[[float], tuple[nn.Module, dict[str, Any]]]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The share of channels whose measured latency is nearest to the budget."""
+    low, high = 0.02, 1.0
+    tried: list[tuple[float, nn.Module, dict[str, Any]]] = []
+    for _ in range(BISECTIONS):
+        module, how = make((low + high) / 2)
+        found = case.time(module)
+        tried.append((abs(found / budget_ms - 1), module, how))
+        if tried[-1][0] <= CLOSE / 2:
+            break
+        low, high = (low, (low + high) / 2) if found > budget_ms else ((low + high) / 2, high)
+    best = min(tried, key=lambda t: t[0])
+    return best[1], best[2]
+
+
+MAKERS: dict[str, Callable[[Case, float, int], tuple[nn.Module, dict[str, Any]]]] = {
+    "knapsack": knapsack,
+    "uniform": uniform,
+    "random": random,
+    "tp-uniform": torch_pruning(True),
+    "tp-global": torch_pruning(False),
+}
+
+
+# ---- running -------------------------------------------------------------------------------------------------
+
+
+def run_arm(case: Case, arm: str, speedup: float, seed: int, epochs: int) -> None:
+    """Make the network, time it, re-estimate batch norm, train; everything into one result file."""
+    name = f"cifar10/resnet{case.depth}-{arm}-{speedup:g}x-seed{seed}"
+    if record.load(name) is not None:
+        return
+    began = time.monotonic()
+    torch.manual_seed(seed)
+    if arm == "dense":
+        module, how = copy.deepcopy(case.dense), {}
+    else:
+        module, how = MAKERS[arm](case, case.bench.reference_ms / speedup, seed)
+    smaller = trace(module, EXAMPLE)
+    latency_ms = case.time(module)
+    settings = Settings(**{**asdict(SETTINGS), "seed": seed})
+    batches = case.images.train.batches(128, shuffle_seed=10_000 + seed, augment=True)
+    if arm != "dense":
+        finetune.reestimate_batch_norm(module, (next(batches) for _ in range(settings.bn_images // 128)))
+    before = finetune.accuracy(module, case.images.final)
+    with tempfile.TemporaryDirectory() as folder:
+        train, search = case.images.train, case.images.search
+        finetune.train(module, case.dense, train, search, epochs, settings, Path(folder))
+    result = {
+        "depth": case.depth, "arm": arm, "speedup": speedup, "seed": seed, "epochs": epochs, "how": how,
+        "latency_ms": latency_ms, "dense_ms": case.bench.reference_ms, "noise": case.bench.noise,
+        "macs": smaller.total_macs, "dense_macs": case.graph.total_macs, "params": smaller.total_params,
+        "accuracy_bn": before, "accuracy": finetune.accuracy(module, case.images.final),
+        "seconds": time.monotonic() - began,
+    }  # fmt: skip
+    record.save(name, result)
+    print(
+        f"{name}: {latency_ms:.4f} ms ({case.bench.reference_ms / latency_ms:.2f}x), {before:.2%} -> "
+        f"{result['accuracy']:.2%}, {result['seconds']:.0f} s",
+        flush=True,
+    )
+
+
+def summary() -> str:
+    """Mean and spread over the seeds, and how much of the MACs reduction arrives as speed."""
+    found = [r for p in sorted((record.RESULTS / "cifar10").glob("*.json")) if (r := record.load(f"cifar10/{p.stem}"))]
+    rows = []
+    for depth in sorted({r["depth"] for r in found}):
+        for speedup in sorted({r["speedup"] for r in found}):
+            for arm in ("dense", *ARMS):
+                runs = [r for r in found if (r["depth"], r["speedup"], r["arm"]) == (depth, speedup, arm)]
+                if runs:
+                    rows.append(_row(depth, speedup, arm, runs))
+    header = ["network", "arm", "accuracy, BN only", "after 1 epoch", "speed-up", "MACs /", "speed-up over MACs /"]
+    return record.table(header, rows)
+
+
+def _row(depth: int, speedup: float, arm: str, runs: list[dict[str, Any]]) -> list[str]:
+    def spread(key: str) -> str:
+        values = 100 * np.array([r[key] for r in runs])
+        wide = f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else ""
+        return f"{values.mean():.2f}{wide}"
+
+    faster = float(np.mean([r["dense_ms"] / r["latency_ms"] for r in runs]))
+    fewer = float(np.mean([r["dense_macs"] / r["macs"] for r in runs]))
+    name = f"ResNet-{depth}" if arm == "dense" else f"ResNet-{depth} at {speedup:g}x"
+    gain = "" if arm == "dense" else f"{faster / fewer:.2f}"
+    seeds = f"{arm} ({len(runs)} seed{'s' if len(runs) > 1 else ''})"
+    return [name, seeds, spread("accuracy_bn"), spread("accuracy"), f"{faster:.2f}x", f"{fewer:.2f}x", gain]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with cifar10_*.npz and the adapted checkpoints")
+    parser.add_argument("--depth", type=int, nargs="*", default=[20, 56])
+    parser.add_argument("--arms", nargs="*", default=["dense", *ARMS])
+    parser.add_argument("--seeds", type=int, help="default: 3 for ResNet-20, 1 for ResNet-56")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2, help="of training")
+    parser.add_argument("--table", action="store_true", help="print the table of what there is")
+    options = parser.parse_args()
+    if not options.table:
+        if options.data is None or not (options.data / "cifar10_train.npz").exists():
+            parser.error("--data DIR must hold cifar10_train.npz, cifar10_test.npz and the checkpoints")
+        os.environ["EDGEPRUNE_DATA"] = str(options.data)
+        torch.set_num_threads(options.threads)
+        for depth in options.depth:
+            case = Case(depth, options.data)
+            try:
+                for seed in range(options.seeds or (3 if depth == 20 else 1)):
+                    for arm in options.arms:
+                        for speedup in SPEEDUPS if arm != "dense" else (1.0,):
+                            run_arm(case, arm, speedup, seed, options.epochs)
+            finally:
+                case.close()
+    print(summary())
+
+
+if __name__ == "__main__":
+    main()
