@@ -106,6 +106,8 @@ def _check(model: nn.Module, example: Example, frozen: Sequence[str], progress: 
             worst, largest = name, found
         if progress is not None:
             progress(at + 1, len(tries))
+    if not runs(exact, graph, {g.id: tuple(range((g.width + 1) // 2)) for g in graph.groups}, inputs):
+        return "inexact groups", float("inf")
     return worst, largest
 
 
@@ -132,6 +134,14 @@ def deviation(model: nn.Module, graph: ModelGraph, keep: Keep, example: Example)
     with torch.inference_mode():
         pairs = zip(_tensors(masked(*args, **kwargs)), _tensors(cut(*args, **kwargs)), strict=True)
         return max(_relative(a, b) for a, b in pairs)
+
+
+def runs(model: nn.Module, graph: ModelGraph, keep: Keep, example: Example) -> bool:
+    """Does the cut network, inexact groups and all, give outputs of the dense network's shapes?"""
+    args, kwargs = as_call(example)
+    with torch.inference_mode():
+        dense, cut = (_tensors(m(*args, **kwargs)) for m in (model, surgery.cut(model, graph, keep)))
+    return [t.shape for t in dense] == [t.shape for t in cut] and all(bool(t.isfinite().all()) for t in cut)
 
 
 def _tensors(output: object) -> list[Tensor]:

@@ -406,7 +406,7 @@ class WrittenInPlace(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """An LSTM has no rule: what it reads stays."""
+    """An LSTM keeps its states."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -124,9 +124,25 @@ def test_what_follows_a_decision_on_the_data_stays_with_the_line_as_reason() -> 
 
 
 def test_an_operator_without_a_rule_freezes_what_it_reads_by_name() -> None:
+    class Spectrum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(torch.fft.fft(self.b(torch.relu(self.a(x)))).real)
+
+    graph = trace(Spectrum(), image(2, 7, 6))
+    assert any(f.reason == "no rule for the operator _fft_r2c" for f in graph.frozen)
+    assert [g.id for g in graph.groups] == ["a"]
+
+
+def test_a_recurrent_layer_keeps_its_states_and_reads_fewer_inputs() -> None:
     graph = trace(Recurrent(), image(2, 7, 6))
-    assert any(f.reason == "no rule for the operator lstm (in rnn)" for f in graph.frozen)
-    assert [g.id for g in graph.groups] == ["b"]
+    assert [g.id for g in graph.groups] == ["a", "b"]
+    cut = surgery.cut(Recurrent(), graph, {"a": (0, 5)})
+    assert (cut.rnn.input_size, cut.rnn.hidden_size) == (2, 10)
+    assert cut(image(2, 7, 6)).shape == (2, 5)
 
 
 def test_modules_can_be_frozen_by_name() -> None:

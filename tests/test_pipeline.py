@@ -307,4 +307,3 @@ def test_people_with_their_own_loop_use_one_call(tmp_path: Path) -> None:
     with torch.inference_mode():
         assert torch.equal(again(x), outcome.model(x))
     assert outcome.report.pruned.accuracy is None
-

@@ -6,13 +6,14 @@ They bind the weight's input axis to the incoming ids and hand out the ids of it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .labels import Label, Labels, Operand, Shape, along, any_zero
 from .record import Op, Ref
-from .run import Run, arguments, as_axis, channel_ids, ids_along
+from .run import Run, arguments, as_axis, channel_ids, ids_along, single_along
 
 
 def conv(run: Run, op: Op) -> list[Labels]:
@@ -22,13 +23,31 @@ def conv(run: Run, op: Op) -> list[Labels]:
     transposed = bool(a.get("transposed")) or "transpose" in op.func._schema.name
     w_shape, x_shape = run.shape(weight), run.shape(x)
     axis = len(x_shape) - (len(w_shape) - 2) - 1
-    spatial = run.why("a convolution slides over this axis")
-    x_labels = run.ledger.uniform_all(run.of(x), range(axis + 1, len(x_shape)), spatial)
+    x_labels = _slid_over(run, op, run.of(x), axis)
     x_ids, rest = channel_ids(run, x_labels, axis, x_shape[axis], run.why("channels mixed with the batch"))
     rows, columns = _weight_ids(run, weight)
     out = _bind(run, x_ids, rows, columns, int(a["groups"]), transposed, _fed_by(run, x))
     _bind_bias(run, a["bias"], out)
     return [(*as_axis(out, axis, len(x_shape), True), *rest)]
+
+
+def _slid_over(run: Run, op: Op, labels: Labels, axis: int) -> Labels:
+    """Labels along the axes that a convolution slides over.
+
+    A convolution over channels (efficient channel attention) that keeps their number still works on fewer: it then
+    mixes other neighbours, so they are marked inexact. Everything else must be alike along these axes.
+    """
+    before, after = run.shape(arguments(op)["input"]), run.recording.values[op.outputs[0]].shape
+    made: list[Label] = []
+    for label in labels:
+        slid = [d for d in label.axes if d > axis]
+        if len(slid) == 1 and len(label.axes) == 1 and before[slid[0]] == after[slid[0]]:
+            run.ledger.mark_inexact(label.ids, run.why("a convolution slides over the channels that are cut"))
+            made.append(Label(label.ids, False))
+            continue
+        left = run.ledger.uniform(label, slid, run.why("a convolution slides over this axis")) if slid else label
+        made += [left] if left is not None else []
+    return tuple(made)
 
 
 def _weight_ids(run: Run, weight: Ref) -> tuple[Tensor, Tensor]:
@@ -112,6 +131,36 @@ def embedding(run: Run, op: Op) -> list[Labels]:
     return [as_axis(ids, ndim - 1, ndim, True)]
 
 
+def recurrent(run: Run, op: Op) -> list[Labels]:
+    """lstm, gru, rnn: what the first layer reads can be cut; its states and outputs stay."""
+    a = arguments(op)
+    x, parameters = a["input"], list(a["params"])
+    axis = len(run.shape(x)) - 1
+    fixed = run.why("a recurrent layer keeps its states")
+    x_ids, rest = channel_ids(run, run.of(x), axis, run.shape(x)[axis], fixed)
+    run.ledger.freeze_all(rest, fixed)
+    for ref in parameters:
+        shape = run.shape(ref)
+        reads = len(shape) == 2 and shape[1] == run.shape(x)[axis] and ref in _first_layer(parameters, a)
+        for label in run.of(ref):
+            if reads and label.axes == (1,):
+                run.play(label.ids, "in")
+                run.ledger.unite(label.ids.reshape(-1), x_ids, _fed_by(run, x))
+            else:
+                run.ledger.freeze(label.ids, fixed)
+    states = a["hx"] if isinstance(a["hx"], (list, tuple)) else [a["hx"]]
+    for ref in states:
+        run.ledger.freeze_all(run.of(ref), fixed)
+    return [() for _ in op.outputs]
+
+
+def _first_layer(parameters: Sequence[Ref], a: dict[str, Any]) -> list[Ref]:
+    """The input weights of the first layer, one for each direction: every (4 or 2)th tensor holds one."""
+    each = 4 if a["has_biases"] else 2
+    directions = 2 if a["bidirectional"] else 1
+    return [parameters[each * d] for d in range(directions)]
+
+
 # ---- matrix products -----------------------------------------------------------------------------------------
 
 
@@ -121,9 +170,9 @@ def product(run: Run, a: Operand, b: Operand) -> Operand:
     mixed = run.why("a contracted axis mixed with rows or columns")
     a_labels = _separate(run, a_labels, len(a_shape) - 1, len(a_shape) - 2, mixed)
     b_labels = _separate(run, b_labels, len(b_shape) - 2, len(b_shape) - 1, mixed)
-    a_inner, b_inner = along(a_labels, len(a_shape) - 1), along(b_labels, len(b_shape) - 2)
-    a_rest = [label for label in a_labels if label is not a_inner]
-    b_rest = [label for label in b_labels if label is not b_inner]
+    a_inner, a_others = single_along(run, a_labels, len(a_shape) - 1, mixed)
+    b_inner, b_others = single_along(run, b_labels, len(b_shape) - 2, mixed)
+    a_rest, b_rest = list(a_others), list(b_others)
     inner = _contract(run, a_inner, b_inner, len(a_shape), len(b_shape))
     if inner is not None:  # whole heads: what is left varies along batch axes, and both sides carry it
         a_rest.append(inner)

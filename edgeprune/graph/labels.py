@@ -81,7 +81,7 @@ class Ledger:
     stay: list[tuple[Tensor, str]] = field(default_factory=list)
     inexact: list[tuple[Tensor, str]] = field(default_factory=list)
     grids: list[Tensor] = field(default_factory=list)
-    copied: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (ids of copies, ids they stand beside)
+    beside: list[tuple[Label, Tensor]] = field(default_factory=list)  # narrow labels, and wide ids they stand beside
 
     def fresh(self, size: int) -> Tensor:
         """`size` new ids, shape (size,)."""
@@ -161,7 +161,7 @@ class Ledger:
             for copy in (label for label in labels if label.copies):
                 others = [other for i, other in enumerate(operands) if i != at]
                 beside = [x for ls, _ in others for x in ls if set(x.axes) & set(copy.axes)]
-                self.copied += [(copy.ids, x.ids) for x in beside]
+                self.beside += [(copy, x.ids) for x in beside]
                 real = any(shape[axis] > 1 for _, shape in others for axis in copy.axes)
                 if not real:
                     passing.append(copy)
@@ -174,11 +174,15 @@ class Ledger:
             for _, label in cluster:
                 self.freeze(label.ids, reason)
             return None
-        merged = cluster[0][1].ids
-        for _, label in cluster[1:]:
+        wide = [label for owner, label in cluster if not _narrow(label, axes, operands[owner][1])]
+        narrow = [label for owner, label in cluster if wide and _narrow(label, axes, operands[owner][1])]
+        first, *others = wide or [label for _, label in cluster]
+        merged = first.ids
+        for label in others:
             self.unite(merged, label.ids, reason)
             merged, other = torch.broadcast_tensors(merged, label.ids)
             merged = torch.maximum(merged, other)
+        self.beside += [(label, merged) for label in narrow]
         fixed = {
             axis for owner, (_, shape) in enumerate(operands) if owner not in owners for axis in axes if shape[axis] > 1
         }
@@ -232,15 +236,24 @@ class Ledger:
             if len(varying) > 1:
                 self.uniform(Label(grid, False), varying[:-1], "positions of a grid that cannot stay rectangular")
                 classes = self.classes()
-        for copies, beside in self.copied:
-            if self._varies_with(classes, copies, beside):
-                self.unite(copies, beside, "copies beside positions that cannot be removed")
-        return self.classes() if self.copied else classes
+        return self._settle_narrow(classes)
 
-    def _varies_with(self, classes: Ids, copies: Tensor, beside: Tensor) -> bool:
-        table = np.where(beside.numpy() >= 0, classes[beside.numpy()], FIXED)
-        axes = Label(copies, False).axes
-        return any(table.shape[d] > 1 and bool((table != table.take([0], axis=d)).any()) for d in axes)
+    def _settle_narrow(self, classes: Ids) -> Ids:
+        """Narrow labels follow the wide ones they stand beside, where those are cut along their axes, or else stay."""
+        for narrow, wide in self.beside:
+            table = np.where(wide.numpy() >= 0, classes[wide.numpy()], FIXED)
+            varies = any((table != table.take([0], axis=d)).any() for d in narrow.axes if table.shape[d] > 1)
+            if varies:
+                self.unite(narrow.ids, wide, "stands beside positions that cannot be removed")
+            elif not narrow.copies:
+                self.freeze(narrow.ids, "stands beside channels that are cut as a whole")
+        return self.classes() if self.beside else classes
+
+
+def _narrow(label: Label, axes: Sequence[int], shape: Shape) -> bool:
+    """Broadcast along some of these axes: it has one position there."""
+    missing = [axis for axis in axes if axis not in label.axes]
+    return bool(missing) and all(shape[axis] == 1 for axis in missing)
 
 
 def _pad_shape(shape: Shape, ndim: int) -> Shape:

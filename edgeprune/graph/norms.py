@@ -30,15 +30,32 @@ def per_channel(run: Run, op: Op) -> list[Labels]:
     """batch_norm and instance_norm: (N, C, ...) with one scale, bias, mean and variance a channel."""
     a = arguments(op)
     shape = run.shape(a["input"])
-    labels = run.ledger.uniform_all(
-        run.of(a["input"]), range(2, len(shape)), run.why("statistics are taken over this axis")
-    )
+    labels = _averaged_over(run, run.of(a["input"]), len(shape), a["running_mean"] is None)
     ids, rest = channel_ids(run, labels, 1, shape[1], run.why("channels mixed with the batch"))
     scales = [a["weight"], a["bias"], a["running_mean"], a["running_var"]]
     before = along(labels, 1)
     own = as_axis(ids, 1, len(shape), a["weight"] is not None or bool(before and before.vanishes))
     _bind_scales(run, scales, own, len(shape), 1)
     return [(*own, *rest)]
+
+
+def _averaged_over(run: Run, labels: Labels, ndim: int, live: bool) -> Labels:
+    """Labels along the axes that statistics are taken over.
+
+    Standardised weights are averaged over their inputs while the network runs: cutting those is inexact.
+    """
+    made: list[Label] = []
+    for label in labels:
+        averaged = [d for d in label.axes if d >= 2]
+        if live and averaged and len(label.axes) == 1:
+            run.ledger.mark_inexact(label.ids, run.why("statistics are taken over the channels that are cut"))
+            made.append(Label(label.ids, False))
+            continue
+        left = (
+            run.ledger.uniform(label, averaged, run.why("statistics are taken over this axis")) if averaged else label
+        )
+        made += [left] if left is not None else []
+    return tuple(made)
 
 
 def layer_norm(run: Run, op: Op) -> list[Labels]:

@@ -112,7 +112,8 @@ RULES: dict[str, Rule] = {
              structure.spatial),
     **_named("empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones "
              "new_full bernoulli uniform normal fill zero", constant),
-    **_named("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell", unknown),
+    **_named("lstm gru rnn_tanh rnn_relu", contractions.recurrent),
+    **_named("lstm_cell gru_cell", unknown),
 }  # fmt: skip
 
 # not tagged as element-wise by PyTorch, though they are

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .labels import FIXED, Label, Labels, Ledger, Shape, along
+from .labels import FIXED, Label, Labels, Ledger, Shape
 from .record import Op, Recording, Ref, Value
 
 
@@ -112,11 +112,19 @@ def ids_along(label: Label | None, axis: int, size: int) -> Tensor:
 
 def channel_ids(run: Run, labels: Labels, axis: int, size: int, reason: str) -> tuple[Tensor, Labels]:
     """Split labels into the ids along a channel axis, shape (size,), and the labels along other axes."""
-    label = along(labels, axis)
-    rest = tuple(other for other in labels if other is not label)
+    label, rest = single_along(run, labels, axis, reason)
     if label is not None and len(label.axes) > 1:
         label = run.ledger.uniform(label, [d for d in label.axes if d != axis], reason)
     return ids_along(label, axis, size), rest
+
+
+def single_along(run: Run, labels: Labels, axis: int, reason: str) -> tuple[Label | None, Labels]:
+    """The label that varies along an axis, and the labels that do not; further ones along it are frozen."""
+    varying = [label for label in labels if axis in label.axes]
+    for label in varying[1:]:
+        run.ledger.freeze(label.ids, reason)
+    rest = tuple(label for label in labels if axis not in label.axes)
+    return (varying[0] if varying else None), rest
 
 
 def as_axis(ids: Tensor, axis: int, ndim: int, vanishes: bool) -> Labels:

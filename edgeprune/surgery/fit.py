@@ -82,6 +82,9 @@ def _set_layer_sizes(part: nn.Module) -> None:
         part.in_channels = weight.shape[0] if flip else weight.shape[1] * part.groups
         part.out_channels = weight.shape[1] * part.groups if flip else weight.shape[0]
         return
+    if isinstance(part, nn.RNNBase):
+        part.input_size = int(part.get_parameter("weight_ih_l0").shape[1])
+        part._flat_weights = [getattr(part, name) for name in part._flat_weights_names]
     if isinstance(part, nn.LayerNorm) and weight is not None:
         part.normalized_shape = tuple(weight.shape)
     for attribute, (name, axis) in SIZES.items():
