@@ -19,6 +19,7 @@ LAYER_INTERVAL = 0.01  # the 95 % interval of a layer's median, relative
 LAYER_S = 0.15  # at most, a layer
 DRIFT = 0.04  # a sentinel this far from its reference spoils the batch it was measured with
 TRIES = 3
+COPIES = 3  # a network is loaded this often to be timed
 SENTINEL = LayerShape(
     op="conv", in_ch=64, out_ch=64, batch=1, spatial=(14, 14), kernel=(3, 3), stride=(1, 1), padding=(1, 1),
     dilation=(1, 1), conv_groups=1, fused=("relu",),
@@ -119,9 +120,25 @@ def costs(layers: Sequence[Layer], candidates: Candidates, table: LatencyTable, 
 # ---- whole networks ------------------------------------------------------------------------------------------
 
 
-def time_networks(artifacts: Sequence[Artifact], target: Target, budget_s: float = 20.0) -> list[Timing]:
-    """End-to-end latencies of whole networks, in turn."""
-    return target.time(list(artifacts), 25, 200, 0.004, budget_s)
+def time_networks(
+    artifacts: Sequence[Artifact], target: Target, budget_s: float = 20.0, copies: int = COPIES
+) -> list[Timing]:
+    """End-to-end latencies of whole networks, in turn.
+
+    Each is loaded `copies` times and its visits are pooled: where a runtime puts a network's buffers in memory moves
+    its latency by a percent or more, and that is decided anew each time it is loaded.
+    """
+    timings = target.time(list(artifacts) * copies, 25, 200, 0.004, budget_s)
+    return [pooled(timings[at :: len(artifacts)]) for at in range(len(artifacts))]
+
+
+def pooled(timings: Sequence[Timing]) -> Timing:
+    """One timing from those of several copies of a network; each copy counts alike, however often it was visited."""
+    least = min(len(t.samples_ms) for t in timings)
+    places = [np.linspace(0, len(t.samples_ms) - 1, least).round().astype(int) for t in timings]
+    samples = [t.samples_ms[place[at]] for at in range(least) for t, place in zip(timings, places, strict=True)]
+    p10, median, p90 = (float(np.percentile(samples, q)) for q in (10, 50, 90))
+    return Timing(median, p10, p90, sum(t.runs for t in timings), tuple(samples))
 
 
 def calibrate(costs_: Costs, networks: Sequence[tuple[Mapping[str, int], float]]) -> tuple[Costs, Correction]:

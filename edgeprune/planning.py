@@ -28,7 +28,8 @@ from .watch import Watch
 PREFLIGHT = "edgeprune.preflight/1"
 SAMPLES = 4  # networks between the floor and the dense one that calibrate the prediction
 TRIES = 6
-MARGIN = 0.015  # aimed under the budget: what the last measurement may differ by
+MARGIN = 0.025  # aimed under the budget: the middle of what is neither over it nor wasteful
+CLOSE = 0.0075  # to either end of that: what the next measurement of the same network may differ by
 
 
 @dataclass(frozen=True)
@@ -136,21 +137,20 @@ def meet(
     Raises:
         UnreachableBudget: no plan that was tried meets it; the message holds what was measured.
     """
-    margin = max(MARGIN, bench.noise)
     attempts: list[Measured] = []
     best: Chosen | None = None
     bias = 1.0
     with watch.stage("find a plan that holds on the device") as progress:
         for attempt in range(TRIES):
             progress(attempt, TRIES)
-            plan = within_reach(costs, scores, strategy, wanted_ms * (1 - margin) / bias, seed)
+            plan = within_reach(costs, scores, strategy, wanted_ms * (1 - MARGIN) / bias, seed)
             keep = importance.best(scores, plan.widths)
-            (measured_ms,) = bench.time([keep])
+            measured_ms = _confirmed(bench, keep, wanted_ms)
             attempts.append(Measured(plan.widths, plan.predicted_ms, measured_ms))
-            fits = measured_ms <= wanted_ms * (1 - margin / 3)
+            fits = measured_ms <= wanted_ms * (1 - CLOSE)
             if fits and (best is None or measured_ms > best.measured_ms):
                 best = Chosen(plan, keep, measured_ms, (), "")
-            if fits and measured_ms >= wanted_ms * (1 - WASTE + margin / 3):
+            if fits and measured_ms >= wanted_ms * (1 - WASTE + CLOSE):
                 break
             if len(attempts) > 1 and attempts[-1].units == attempts[-2].units:
                 break  # the widths on offer have no plan between
@@ -164,6 +164,15 @@ def meet(
     under = 1 - best.measured_ms / wanted_ms
     note = f"{under:.1%} under the budget: the widths on offer have no plan between" if under > WASTE else ""
     return replace(best, attempts=tuple(attempts), note=note)
+
+
+def _confirmed(bench: Bench, keep: Keep, wanted_ms: float) -> float:
+    """A network's latency; one that fits is measured once more, for of several tries the luckiest would be taken."""
+    (first,) = bench.time([keep])
+    if first > wanted_ms:
+        return first
+    (second,) = bench.time([keep])
+    return max(second, (first + second) / 2)
 
 
 def within_reach(costs: Costs, scores: Importance, strategy: str, budget: float, seed: int) -> Plan:
