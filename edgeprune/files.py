@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import EdgepruneError, RunError
+
+STREAM_BYTES = 1 << 16  # with less free than a stream's buffer, a stream that failed has met a full disk
 
 
 @contextmanager
@@ -23,24 +26,57 @@ def writing(path: Path) -> Iterator[Path]:
     Raises:
         RunError: the disk is full, or the folder cannot be written; `path` is as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.fchmod(handle, 0o666 & ~_umask())  # others may read what they may read elsewhere
-    os.close(handle)
-    beside = Path(name)
+    with not_full(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        except OSError as error:
+            raise _unwritten(path, error) from error
+        os.fchmod(handle, 0o666 & ~_umask())  # others may read what they may read elsewhere
+        os.close(handle)
+        beside = Path(name)
+        try:
+            yield beside
+            sync(beside)
+            os.replace(beside, path)
+            sync(path.parent)
+        except OSError as error:
+            raise _unwritten(path, error) from error
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def not_full(path: Path) -> Iterator[None]:
+    """Turn what a full disk does to a writer of `path`, in whichever library, into one error that says so.
+
+    Raises:
+        RunError: the disk is full; `path` is as it was.
+    """
     try:
-        yield beside
-        sync(beside)
-        os.replace(beside, path)
-        sync(path.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        yield
+    except Exception as error:
+        if _is_full(error, path.parent):
             raise RunError(
                 f"the disk is full: {path} could not be written and is unchanged; make room and resume"
             ) from error
-        raise RunError(f"{path} could not be written: {error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
+        raise
+
+
+def _unwritten(path: Path, error: OSError) -> Exception:
+    return error if _is_full(error, path.parent) else RunError(f"{path} could not be written: {error}")
+
+
+def _is_full(error: BaseException | None, folder: Path) -> bool:
+    """Does an error, or one that led to it, come from a full disk? C++ streams do not say: then the disk is asked."""
+    while error is not None:
+        code = getattr(error, "errno", None)
+        if code in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
+            return True
+        if "iostream" in str(error) and shutil.disk_usage(folder).free < STREAM_BYTES:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _umask() -> int:

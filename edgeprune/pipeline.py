@@ -117,7 +117,7 @@ def verify_again(model: nn.Module, target: Target, task: Task, run: Run, watch: 
     """Measure a finished run once more, from its own files."""
     asked = _asked(run)
     pruned = runs.load_model(run, model)
-    graph = trace(model, runs.read_example(run.path("example.safetensors")), asked.protected)
+    graph = trace(model, runs.read_example(run.path(runs.EXAMPLE)), asked.protected)
     dense = target.export(model, graph.example, run.path("dense"))
     artifact = target.export(pruned, graph.example, run.path("artifact"))
     (reference,) = measure.time_networks([dense], target, 5.0)

@@ -30,6 +30,7 @@ from .records import Keep
 
 RUN = "edgeprune.run/1"
 RECIPE = "edgeprune.recipe/1"
+EXAMPLE = "example.safetensors"
 T = TypeVar("T")
 
 
@@ -66,9 +67,9 @@ def claim(run: Run, graph: ModelGraph, asked: Mapping[str, Any], facts: Mapping[
     """
     wanted = {"fingerprint": graph.fingerprint, "asked": files.plain(dict(asked))}
     if not run.has("run.json"):
-        if run.folder.exists() and any(run.folder.iterdir()):
+        if run.folder.exists() and any(_is_foreign(path) for path in run.folder.iterdir()):
             raise RunError(f"{run.folder} is not empty and holds no run; give another folder with --run")
-        save_example(graph.example, run.path("example.safetensors"))
+        save_example(graph.example, run.path(EXAMPLE))
         run.write("run.json", RUN, {**wanted, **facts})
         return
     found = run.read("run.json", RUN)
@@ -83,6 +84,11 @@ def claim(run: Run, graph: ModelGraph, asked: Mapping[str, Any], facts: Mapping[
     if changed:
         was = ", ".join(f"{k} was {found['asked'].get(k)!r}, is {wanted['asked'][k]!r}" for k in sorted(changed)[:3])
         raise RunError(f"{run.folder} was started with other settings ({was}); set them back, or start a new run")
+
+
+def _is_foreign(path: Path) -> bool:
+    """Is this something that a run which was killed before it wrote run.json cannot have left?"""
+    return path.name != EXAMPLE and not path.name.startswith(f".{EXAMPLE}.") and not path.name.startswith(".run.json.")
 
 
 def save_example(example: Example, path: Path) -> None:
@@ -119,7 +125,7 @@ def load_model(run: Run, dense: nn.Module) -> nn.Module:
         RunError: the run is not finished, damaged, or of another network.
     """
     recipe = run.read("recipe.json", RECIPE)
-    graph = trace(dense, read_example(run.path("example.safetensors")))
+    graph = trace(dense, read_example(run.path(EXAMPLE)))
     if graph.fingerprint != recipe["fingerprint"]:
         raise RunError(
             f"{run.folder} was made from another network (fingerprint {recipe['fingerprint']}, this one has "

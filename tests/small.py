@@ -83,9 +83,11 @@ def make(folder: Path, toml: str = TOML) -> Path:
     return path
 
 
-def command(*arguments: str, cwd: Path, **options: Any) -> subprocess.Popen[str]:
+def command(
+    *arguments: str, cwd: Path, environment: dict[str, str] | None = None, **options: Any
+) -> subprocess.Popen[str]:
     """`edgeprune ...` in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **(environment or {})}
     return subprocess.Popen(
         [sys.executable, "-m", "edgeprune", *arguments],
         cwd=cwd,

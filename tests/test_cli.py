@@ -198,3 +198,28 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for name in ("init", "targets", "inspect", "profile", "compress", "export", "verify", "flash", "report"):
         assert name in text
+
+
+# ---- what a machine may lack ---------------------------------------------------------------------------------
+
+
+def test_without_the_runtime_the_extra_is_named(project: Path, tmp_path: Path) -> None:
+    absent = tmp_path / "absent"
+    absent.mkdir()
+    (absent / "openvino.py").write_text("raise ModuleNotFoundError(\"No module named 'openvino'\", name='openvino')")
+    process = small.command("profile", cwd=project.parent, environment={"PYTHONPATH": str(absent)})
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 3
+    assert "target cpu needs OpenVINO" in err
+    assert "install it with: pip install 'edgeprune[openvino]'" in err
+
+
+def test_a_damaged_latency_table_is_refused_with_what_to_do(project: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "latency.sqlite").write_bytes(b"SQLite format 3\0" + bytes(range(256)) * 8)
+    process = small.command("profile", cwd=project.parent, environment={"EDGEPRUNE_HOME": str(home)})
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert f"the latency table {home}/latency.sqlite cannot be used" in err
+    assert "move it away and profile again" in err

@@ -676,17 +676,6 @@ def test_a_write_that_fails_in_the_middle_keeps_the_old_version(folder: Path) ->
     finished(started(install_beyond_the_file_size_limit, folder))
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("a small file system can only be mounted as root")
-    yield mount
-    subprocess.run(["umount", str(mount)], check=True)
-
-
 def test_a_disk_that_fills_up_at_any_page_keeps_the_old_version(
     small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

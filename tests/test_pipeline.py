@@ -79,6 +79,26 @@ def test_accuracy_on_the_target_is_that_of_torch_on_the_same_images(finished: Pa
     assert abs(accuracy.correct - correct) <= 1  # a tie may fall to either side
 
 
+def test_a_missed_accuracy_floor_ends_with_1_and_one_object(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "project"
+    shutil.copytree(finished, folder)
+    monkeypatch.chdir(folder)
+    for name, change in (
+        ("run.json", lambda content: content["asked"].update(accuracy_floor=0.9)),
+        ("verify.json", lambda content: content.update(accuracy_floor=0.9)),
+        ("verify.json", lambda content: content["pruned"]["accuracy"].update(value=0.5)),
+    ):
+        content = json.loads(Path("runs/001", name).read_text())
+        change(content)
+        Path("runs/001", name).write_text(json.dumps(content))
+    assert cli.run(["compress", "--resume", "--json", "--quiet", "--set", "compress.accuracy_floor=0.9"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["passed"] is False
+    assert "accuracy: 50.00% measured, floor 90.00%" in err
+
+
 def test_a_run_folder_holds_no_pickle(finished: Path) -> None:
     kinds = {p.suffix for p in (finished / "runs/001").rglob("*") if p.is_file()}
     assert kinds <= {".json", ".safetensors", ".onnx", ".xml", ".bin", ".html", ".npy"}
@@ -250,6 +270,22 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
         ["pgrep", "-f", f"edgeprune-.*pyz.*{process.pid}"], capture_output=True, text=True, check=False
     )
     assert left.stdout == ""
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(small_disk: Path) -> None:
+    torch.manual_seed(0)
+    model, x, run = Plain(), torch.randn(1, 3, 32, 32), small_disk / "run"
+    filler = small_disk / "filler"
+    for free_bytes in (8_000, 60_000, 90_000, 300_000):  # for the example, the ONNX file, the IR, the plans
+        filler.unlink(missing_ok=True)
+        with filler.open("wb") as stream:
+            os.posix_fallocate(stream.fileno(), 0, shutil.disk_usage(small_disk).free - free_bytes)
+        with pytest.raises(RunError, match=r"the disk is full: .* could not be written and is unchanged; make room"):
+            edgeprune.compress(model, x, speedup=1.5, run=run, steps=1, resume=True)
+    filler.unlink()
+    outcome = edgeprune.compress(model, x, speedup=1.5, run=run, steps=1, resume=True)
+    assert outcome.report.speedup > 1
+    assert not list(run.rglob(".*"))
 
 
 # ---- budgets -------------------------------------------------------------------------------------------------

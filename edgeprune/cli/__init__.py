@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Any
 
-from ..errors import EdgepruneError
+from ..errors import EdgepruneError, MissedError
 
 STOPPED = 130  # what shells expect after Ctrl-C, and what typer makes of it
 STOPPED_TEXT = "stopped; what was finished is kept: go on with `edgeprune compress --resume`"
@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> int:
         print(STOPPED_TEXT, file=sys.stderr)
         return STOPPED
     except EdgepruneError as error:
-        if "--json" in arguments:
+        if "--json" in arguments and not isinstance(error, MissedError):  # its result has been printed
             print(json.dumps({"error": {"kind": type(error).__name__, "message": str(error)}}))
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
