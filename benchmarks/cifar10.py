@@ -155,13 +155,17 @@ def random(case: Case, budget_ms: float, seed: int) -> tuple[nn.Module, dict[str
 
 
 def _scaled(case: Case, budget_ms: float, shape: Mapping[str, float]) -> tuple[nn.Module, dict[str, Any]]:
-    """Every width in proportion to `shape`, any integer; the same channel scores as the knapsack."""
+    """Widths in proportion to `shape`, any integer; the same channel scores as the knapsack.
+
+    Rounding is spread over the groups: rounded alike, all groups of a stage would step at once, and no share would
+    give the wanted latency.
+    """
+    groups = case.graph.groups
+    spread = {g.id: at / len(groups) for at, g in enumerate(groups)}
 
     def make(share: float) -> tuple[nn.Module, dict[str, Any]]:
-        units = {
-            g.id: max(1, min(g.width, round(share * g.width * shape[g.id] / max(shape.values()))))
-            for g in case.graph.groups
-        }
+        wanted = {g.id: share * g.width * shape[g.id] / max(shape.values()) for g in groups}
+        units = {g.id: max(1, min(g.width, int(wanted[g.id] + spread[g.id]))) for g in groups}
         return surgery.cut(case.dense, case.graph, importance.best(case.scores, units)), {"widths": units}
 
     return _bisect(case, budget_ms, make)
