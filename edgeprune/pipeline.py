@@ -86,8 +86,10 @@ def compress(
     runs.claim(run, graph, wanted, facts(model, task), resume)
     if not run.has("verify.json"):
         costs = latency_costs(graph, target, asked, store, run, watch)
-        scores = importance.score(model, graph.groups, asked.importance, task.batches(), asked.seed)
-        bench = Bench(model, graph, target, run.folder)
+        with watch.stage("score channels"):
+            scores = importance.score(model, graph.groups, asked.importance, task.batches(), asked.seed)
+        with watch.stage("export the dense network"):
+            bench = Bench(model, graph, target, run.folder)
         start, costs = planning.preflight(bench, costs, scores, run, watch, asked.seed)
         wanted_ms = planning.check_budget(asked.budget, start)
         watch.say(f"dense {start.dense_ms:.4g} ms, floor {start.floor.measured_ms:.4g} ms, budget {wanted_ms:.4g} ms")
@@ -102,7 +104,8 @@ def compress(
             )
         write_layers(run, costs, asked.steps)
         runs.save_model(run, student, graph, keep)
-        artifact = target.export(student, example, run.path("artifact"))
+        with watch.stage("export the pruned network"):
+            artifact = target.export(student, example, run.path("artifact"))
         report = verify_run(
             model, bench.dense, student, artifact, graph, target, task, asked, run, start.dense_ms, watch
         )
@@ -118,9 +121,10 @@ def verify_again(model: nn.Module, target: Target, task: Task, run: Run, watch: 
     asked = _asked(run)
     pruned = runs.load_model(run, model)
     graph = trace(model, runs.read_example(run.path(runs.EXAMPLE)), asked.protected)
-    dense = target.export(model, graph.example, run.path("dense"))
-    artifact = target.export(pruned, graph.example, run.path("artifact"))
-    (reference,) = measure.time_networks([dense], target, 5.0)
+    with watch.stage("export both networks"):
+        dense = target.export(model, graph.example, run.path("dense"))
+        artifact = target.export(pruned, graph.example, run.path("artifact"))
+        (reference,) = measure.time_networks([dense], target, 5.0)
     report = verify_run(model, dense, pruned, artifact, graph, target, task, asked, run, reference.median_ms, watch)
     run.write("verify.json", VERIFY, report)
     recipe = run.read("recipe.json", runs.RECIPE)
@@ -197,9 +201,11 @@ def prune_step(
         load_state(cut, read_tensors(folder / "weights.safetensors"), folder)
         return cut, chosen.keep
     load_state(cut, surgery.narrow(student.state_dict(), graph, keep, chosen.keep), folder)
-    task.adapt(cut)
+    with watch.stage("re-estimate batch norm"):
+        task.adapt(cut)
     if not run.has(f"step-{step}/plan.json"):
-        accuracy = {"before": task.evaluate(student), "cut": task.evaluate(cut)}
+        with watch.stage("accuracy before and after the cut"):
+            accuracy = {"before": task.evaluate(student), "cut": task.evaluate(cut)}
         run.write(f"step-{step}/plan.json", STEP, {"chosen": chosen, "budget_ms": budget_ms, "accuracy": accuracy})
     with watch.stage(f"fine-tune, step {step} of {asked.steps}") as progress:
         task.train(cut, dense, last, folder, progress)

@@ -148,7 +148,8 @@ def compress(
     opened = _project(path, [*(overrides or ()), *extra])
     section = _with_budget(opened.config.compress, latency_ms, speedup)
     asked = api.asked(section)
-    task = opened.task()
+    with Bars(quiet).stage("load the network and its images"):
+        task = opened.task()
     folder = _run_folder(opened, run, resume)
     device = opened.open_target()
     try:
@@ -184,7 +185,8 @@ def export(
     module = opened.model if dense else api.load(_finished(opened, run), opened.model)
     device = opened.open_target(target)
     try:
-        artifact = device.export(module, opened.example, out)
+        with Bars(as_json).stage("export"):
+            artifact = device.export(module, opened.example, out)
     finally:
         device.close()
     show.result(files.plain(artifact), as_json, show.artifact)
@@ -235,7 +237,8 @@ def flash(
             receipt = deploy.rollback(to, flashing.smoke_test(device))
         else:
             found = Run(_finished(opened, run))
-            receipt = flashing.flash(found, opened.model, opened.data, device, to, keep)
+            with Bars(as_json).stage("install and test"):
+                receipt = flashing.flash(found, opened.model, opened.data, device, to, keep)
     finally:
         device.close()
     show.result(files.plain(receipt), as_json, show.receipt)
