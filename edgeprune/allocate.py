@@ -66,11 +66,11 @@ def allocate(strategy: str, costs: Costs, importance: Importance, budget_ms: flo
     raise UsageError(f"strategy {strategy!r} does not exist; choose knapsack, uniform or random")
 
 
-def solve(costs: Costs, importance: Importance, budget_ms: float, gap: float = 1e-4) -> Plan:
+def solve(costs: Costs, importance: Importance, budget_ms: float, gap: float = knapsack.GAP) -> Plan:
     """The plan with the highest summed score within the budget."""
     groups = list(costs.candidates)
     problem = problem_of(costs, importance)
-    solution = knapsack.solve(problem, budget_ms, gap)
+    solution = knapsack.solve(problem, [budget_ms], gap)
     widths = {g: costs.candidates[g][c] for g, c in zip(groups, solution.choice, strict=True)}
     return Plan(widths, costs.predict_ms(widths), costs.predict_ms(costs.dense), solution.value, solution.gap)
 
@@ -126,7 +126,8 @@ def problem_of(costs: Costs, importance: Importance) -> knapsack.Problem:
         inside = [g for g in block.groups if 0 in costs.candidates[g]]
         together += [((number[a], 0), (number[b], 0)) for a, b in itertools.pairwise(inside)]
     constant = builder.constant + costs.correction.overhead_ms
-    return knapsack.Problem(values, tuple(builder.pairs), tuple(builder.sums), constant, tuple(together))
+    cost = knapsack.Cost(tuple(builder.terms), tuple(builder.sums), constant)
+    return knapsack.Problem(values, (cost,), tuple(together))
 
 
 class _Terms:
@@ -134,7 +135,7 @@ class _Terms:
 
     def __init__(self, costs: Costs, number: Mapping[str, int]) -> None:
         self.candidates, self.number = costs.candidates, number
-        self.pairs: list[knapsack.Pair] = []
+        self.terms: list[knapsack.Term] = []
         self.sums: list[knapsack.Sum] = []
         self.constant = 0.0
         self.gate = {name: b.groups[0] for b in costs.blocks for name in b.layers if 0 in costs.candidates[b.groups[0]]}
@@ -168,7 +169,7 @@ class _Terms:
         grid = np.array(
             [[cost({**fixed, a: i, **({b: j} if b is not None else {})}) for j in columns] for i in self.candidates[a]]
         )
-        self.pairs.append(knapsack.Pair(self.number[a], self.number[b] if b is not None else -1, grid))
+        self.terms.append(knapsack.Term(tuple(self.number[g] for g in involved), grid if b else grid[:, 0]))
 
     def _sum(self, surface: Surface, ins: Sequence[str], outs: Sequence[str]) -> None:
         """Many groups meet in a concat: linear in their sum, for each choice of the output."""
