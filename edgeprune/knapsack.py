@@ -60,7 +60,7 @@ def solve(problem: Problem, budgets: Sequence[float], gap: float = GAP, time_lim
         choice, found = program.best(budgets, program.all, gap, time_limit_s)
         bound = min(bound, found)
     elif bound - value_of(problem, choice) > gap * abs(bound):
-        more = value_of(problem, choice) + gap * abs(bound)
+        more = value_of(problem, choice) + gap * min(abs(bound), abs(value_of(problem, choice)))
         better, found = program.best(budgets, program.all, gap, time_limit_s, more)
         choice, bound = better or choice, min(bound, max(found, more))
     if choice is None:
