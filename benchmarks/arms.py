@@ -71,7 +71,7 @@ def _step(costs: Costs, scores: Importance, now: Units, budget_ms: float) -> Uni
             linear[g] += [_at(costs, surface, now, {**now, g: w}) - here for w in left[g]]
     values = tuple(kept_value(scores[g], left[g]) for g in groups)
     terms = tuple(Term((n,), linear[g]) for n, g in enumerate(groups))
-    problem = Problem(values, (Cost(terms, (), constant),), ())
+    problem = Problem(values, (Cost("linearised latency", terms, (), constant),), ())
     try:
         found = knapsack.solve(problem, [budget_ms])
     except UnreachableBudget:  # by this cost, which counts what shrinking inputs saves only later

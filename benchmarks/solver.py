@@ -26,7 +26,7 @@ from edgeprune import allocate, importance, knapsack, measure, planning, store, 
 from edgeprune.allocate import Costs
 from edgeprune.graph import ModelGraph, trace
 from edgeprune.importance import Importance
-from edgeprune.planning import Bench
+from edgeprune.planning import Aim, Bench
 from edgeprune.runs import Run
 from edgeprune.target import Target, open_target
 from edgeprune.watch import Silent
@@ -147,7 +147,7 @@ def compress(network: Network, target: Target) -> dict[str, Any]:
         budgets = {str(share): share * start.dense_ms for share in SHARES}
         budgets["floor"] = FLOOR_ROOM * start.floor.measured_ms
         chosen = {
-            name: planning.meet(bench, costs, scores, "knapsack", budget, 0, Silent())
+            name: planning.meet([Aim(bench, costs, budget)], scores, "knapsack", 0, Silent())
             for name, budget in budgets.items()
             if budget >= start.floor.measured_ms
         }

@@ -82,14 +82,14 @@ def _cheapest_within(problem: Problem, budgets: Sequence[float], bound: float, t
             return _solution(problem, floor.choice, bound)
         if floor.costs[k] > budgets[k]:
             raise UnreachableBudget(
-                f"the cheapest choice of widths costs {floor.costs[k]:.6g}, the budget is {budgets[k]:.6g}"
+                f"{problem.costs[k].name}: the cheapest choice of widths costs {floor.costs[k]:.6g}, the budget is "
+                f"{budgets[k]:.6g}"
             )
-    wanted, alone = _listed(budgets), _listed([floor.costs[k] for k, floor in enumerate(floors)])
-    raise UnreachableBudget(f"no choice of widths meets the budgets {wanted} at once; each alone can reach {alone}")
-
-
-def _listed(numbers: Sequence[float]) -> str:
-    return ", ".join(f"{x:.6g}" for x in numbers)
+    each = ", ".join(
+        f"{cost.name} {budget:.6g} (alone {floor.costs[k]:.6g} can be reached)"
+        for k, (cost, budget, floor) in enumerate(zip(problem.costs, budgets, floors, strict=True))
+    )
+    raise UnreachableBudget(f"no choice of widths meets all budgets at once: {each}")
 
 
 def value_of(problem: Problem, choice: Sequence[int]) -> float:

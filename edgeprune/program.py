@@ -54,6 +54,7 @@ class Sum:
 class Cost:
     """What one budget limits."""
 
+    name: str  # with its unit, for messages
     terms: tuple[Term, ...]
     sums: tuple[Sum, ...]
     constant: float
