@@ -145,6 +145,12 @@ def floor(costs: Costs) -> Plan:
     return Plan(widths, costs.predict_ms(widths), costs.predict_ms(costs.dense), 0.0, 0.0)
 
 
+def at_most(costs: Costs, units: Mapping[str, int]) -> Costs:
+    """The same costs for the widths that are still there."""
+    left = {g: tuple(w for w in choices if w <= units[g]) for g, choices in costs.candidates.items()}
+    return replace(costs, candidates=left)
+
+
 def _units(costs: Costs, solution: knapsack.Solution) -> dict[str, int]:
     return {g: w[c] for (g, w), c in zip(costs.candidates.items(), solution.choice, strict=True)}
 

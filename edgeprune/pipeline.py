@@ -11,7 +11,7 @@ from importlib.metadata import version
 import numpy as np
 from torch import nn
 
-from . import files, importance, measure, planning, runs, surgery, verify, widths
+from . import allocate, files, importance, measure, planning, runs, surgery, verify, widths
 from .allocate import Costs
 from .finetune import load_state, read_tensors, save_tensors
 from .graph import Example, ModelGraph, trace
@@ -80,6 +80,7 @@ def compress(
     resume: bool = False,
     also: Sequence[Also] = (),
     within: Run | None = None,
+    measured: Run | None = None,
 ) -> Outcome:
     """Prune `model` to a latency that is measured on `target`.
 
@@ -95,6 +96,7 @@ def compress(
         resume: go on in a folder that holds this run already.
         also: further targets with their budgets.
         within: a finished run of the same network: start from its network, and keep a subset of its channels.
+        measured: a folder whose preflight.json is of this network on this target.
     Raises:
         UnreachableBudget: before any training, with the fastest this device can be.
     """
@@ -104,6 +106,8 @@ def compress(
     wanted |= {"also": files.plain([[a.target.fingerprint(), a.budget] for a in also])} if also else {}
     runs.claim(run, graph, wanted, facts(model, task), resume)
     if not run.has("verify.json"):
+        if measured is not None and not run.has("preflight.json"):
+            run.write("preflight.json", planning.PREFLIGHT, measured.read("preflight.json", planning.PREFLIGHT))
         student, keep = _begun(model, within)
         scores = current_scores(student, graph, keep, task, asked)
         aims = [aim_at(target, asked.budget, graph, model, scores, asked, run, store, watch)]
@@ -163,8 +167,7 @@ def size_bytes(budget: Budget) -> float | None:
 
 def _budgets(aims: Sequence[Aim], keep: Keep, steps: int) -> list[tuple[float, ...]]:
     """Of every step, for each target."""
-    units = [{g: len(keep.get(g, range(n))) for g, n in aim.costs.dense.items()} for aim in aims]
-    starts = [aim.costs.predict_ms(u) if keep else aim.bench.reference_ms for aim, u in zip(aims, units, strict=True)]
+    starts = [aim.costs.predict_ms(_units(aim, keep)) if keep else aim.bench.reference_ms for aim in aims]
     each = [planning.schedule(ms, aim.wanted_ms, steps) for ms, aim in zip(starts, aims, strict=True)]
     return list(zip(*each, strict=True))
 
@@ -283,12 +286,11 @@ def current_scores(student: nn.Module, graph: ModelGraph, keep: Keep, task: Task
 
 
 def _at_most(aims: Sequence[Aim], keep: Keep) -> list[Aim]:
-    """The same aims with the widths that are still there."""
-    left = {
-        g: tuple(w for w in choices if w <= len(keep.get(g, range(choices[-1]))))
-        for g, choices in aims[0].costs.candidates.items()
-    }
-    return [replace(aim, costs=replace(aim.costs, candidates=left)) for aim in aims]
+    return [replace(aim, costs=allocate.at_most(aim.costs, _units(aim, keep))) for aim in aims]
+
+
+def _units(aim: Aim, keep: Keep) -> dict[str, int]:
+    return {g: len(keep[g]) if g in keep else n for g, n in aim.costs.dense.items()}
 
 
 def _choose(
