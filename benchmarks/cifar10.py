@@ -35,7 +35,7 @@ from edgeprune.config import DataSection
 from edgeprune.finetune import Settings
 from edgeprune.graph import ModelGraph, trace
 from edgeprune.importance import Importance
-from edgeprune.planning import Bench
+from edgeprune.planning import Aim, Bench
 from edgeprune.target import open_target
 from edgeprune.watch import Silent
 
@@ -133,7 +133,7 @@ class Remembered(nn.Module):
 
 def knapsack(case: Case, budget_ms: float, seed: int) -> tuple[nn.Module, dict[str, Any]]:
     costs = _calibrated(case)
-    chosen = planning.meet(case.bench, costs, case.scores, "knapsack", budget_ms, seed, Silent())
+    chosen = planning.meet([Aim(case.bench, costs, budget_ms)], case.scores, "knapsack", seed, Silent())
     module = surgery.cut(case.dense, case.graph, chosen.keep)
     return module, {"widths": dict(chosen.plan.widths), "attempts": len(chosen.attempts)}
 

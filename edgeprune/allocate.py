@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,13 +14,14 @@ from numpy.typing import NDArray
 from . import knapsack
 from .errors import UnreachableBudget, UsageError
 from .importance import Importance, kept_value
-from .records import Block, Plan
-from .table import IDENTITY, Correction, Surface, follows_input, predict_ms, weights_mib
+from .records import Block, Layer, LayerShape, Plan
+from .table import IDENTITY, Correction, Surface, follows_input, grid, predict_ms, weights_mib
 from .widths import shape_at, size
 
 Floats = NDArray[np.float64]
 Candidates = Mapping[str, tuple[int, ...]]
 SETTLE = 40  # halvings of a share until a budget is met
+PRODUCTS = 1024  # combinations of widths that a layer is priced at one by one; beyond, its concat is taken as linear
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +43,68 @@ class Costs:
 
     def present(self, units: Mapping[str, int]) -> list[Surface]:
         """The layers that are left when dropped blocks are gone."""
-        gone = {name for b in self.blocks if all(units[g] == 0 for g in b.groups) for name in b.layers}
+        gone = dropped_layers(self.blocks, units)
         return [s for s in self.surfaces if s.layer.name not in gone]
 
+    def limit(self, name: str, budget_ms: float) -> Limit:
+        """This device's latency as a budget."""
+        parts = tuple(Part(s.layer, s.ins, s.outs, partial(_corrected_at, s)) for s in self.surfaces)
+        return Limit(name, parts, self.correction.overhead_ms, budget_ms)
 
-def allocate(strategy: str, costs: Costs, importance: Importance, budget_ms: float, seed: int = 0) -> Plan:
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What one layer adds to a cost, by its input and output channels."""
+
+    layer: Layer
+    ins: tuple[int, ...]  # least ... most input channels
+    outs: tuple[int, ...]
+    at: Callable[[int, int], float]  # 0 for a layer that is gone
+
+
+@dataclass(frozen=True, eq=False)
+class Limit:
+    """Something summed over layers that must stay within a budget: latency on a device, bytes."""
+
+    name: str  # with its unit, for messages
+    parts: tuple[Part, ...]
+    constant: float
+    budget: float
+
+    def predict(self, units: Mapping[str, int], blocks: Sequence[Block]) -> float:
+        gone = dropped_layers(blocks, units)
+        shapes = ((p, shape_at(p.layer, units)) for p in self.parts if p.layer.name not in gone)
+        return self.constant + sum(p.at(shape.in_ch, shape.out_ch) for p, shape in shapes)
+
+
+def dropped_layers(blocks: Iterable[Block], units: Mapping[str, int]) -> set[str]:
+    """Layers of blocks whose groups are all gone."""
+    return {name for b in blocks if all(units[g] == 0 for g in b.groups) for name in b.layers}
+
+
+def size_limit(layers: Sequence[Layer], candidates: Candidates, dense_bytes: int, budget_bytes: float) -> Limit:
+    """The size of the exported file as a budget.
+
+    Args:
+        layers: all of the network.
+        candidates: widths that plans may choose.
+        dense_bytes: of the uncut network's file: what its layers' weights do not explain stays.
+        budget_bytes: for the file.
+    """
+    parts = tuple(Part(layer, *grid(layer, candidates), partial(_bytes_at, layer)) for layer in layers)
+    dense = {g: widths[-1] for g, widths in candidates.items()}
+    rest = dense_bytes - Limit("", parts, 0.0, 0.0).predict(dense, ())
+    return Limit("size in bytes", parts, rest, budget_bytes)
+
+
+def allocate(
+    strategy: str,
+    costs: Costs,
+    importance: Importance,
+    budget_ms: float,
+    seed: int = 0,
+    limits: Sequence[Limit] = (),
+) -> Plan:
     """Choose widths.
 
     Args:
@@ -53,38 +113,52 @@ def allocate(strategy: str, costs: Costs, importance: Importance, budget_ms: flo
         importance: group -> (width,) scores.
         budget_ms: of the predicted latency.
         seed: for "random".
+        limits: further budgets: other devices' latencies, size.
     Raises:
-        UnreachableBudget: not even the smallest network meets it.
+        UnreachableBudget: not even the smallest network meets them.
     """
     if strategy == "knapsack":
-        return solve(costs, importance, budget_ms)
+        return solve(costs, importance, budget_ms, limits)
     if strategy == "uniform":
-        return _to_budget(costs, importance, budget_ms, dict.fromkeys(costs.candidates, 1.0))
+        return _to_budget(costs, importance, budget_ms, dict.fromkeys(costs.candidates, 1.0), limits)
     if strategy == "random":
         draw = np.random.Generator(np.random.PCG64(seed)).random
-        return _to_budget(costs, importance, budget_ms, {g: 0.2 + 0.8 * draw() for g in costs.candidates})
+        shares = {g: 0.2 + 0.8 * draw() for g in costs.candidates}
+        return _to_budget(costs, importance, budget_ms, shares, limits)
     raise UsageError(f"strategy {strategy!r} does not exist; choose knapsack, uniform or random")
 
 
-def solve(costs: Costs, importance: Importance, budget_ms: float, gap: float = 1e-4) -> Plan:
-    """The plan with the highest summed score within the budget."""
-    groups = list(costs.candidates)
-    problem = problem_of(costs, importance)
-    solution = knapsack.solve(problem, budget_ms, gap)
-    widths = {g: costs.candidates[g][c] for g, c in zip(groups, solution.choice, strict=True)}
+def solve(
+    costs: Costs, importance: Importance, budget_ms: float, limits: Sequence[Limit] = (), gap: float = knapsack.GAP
+) -> Plan:
+    """The plan with the highest summed score within the budget and the further limits."""
+    problem = problem_of(costs, importance, limits)
+    solution = knapsack.solve(problem, [budget_ms, *(limit.budget for limit in limits)], gap)
+    widths = _units(costs, solution)
     return Plan(widths, costs.predict_ms(widths), costs.predict_ms(costs.dense), solution.value, solution.gap)
 
 
 def floor(costs: Costs) -> Plan:
     """The fastest plan."""
-    groups = list(costs.candidates)
-    solution = knapsack.cheapest(problem_of(costs, {g: np.ones(w[-1]) for g, w in costs.candidates.items()}))
-    widths = {g: costs.candidates[g][c] for g, c in zip(groups, solution.choice, strict=True)}
+    problem = problem_of(costs, {g: np.ones(w[-1]) for g, w in costs.candidates.items()})
+    widths = _units(costs, knapsack.cheapest(problem))
     return Plan(widths, costs.predict_ms(widths), costs.predict_ms(costs.dense), 0.0, 0.0)
 
 
-def _to_budget(costs: Costs, importance: Importance, budget_ms: float, shape: Mapping[str, float]) -> Plan:
-    """Scale shares of widths, all together, to the largest that meet the budget."""
+def at_most(costs: Costs, units: Mapping[str, int]) -> Costs:
+    """The same costs for the widths that are still there."""
+    left = {g: tuple(w for w in choices if w <= units[g]) for g, choices in costs.candidates.items()}
+    return replace(costs, candidates=left)
+
+
+def _units(costs: Costs, solution: knapsack.Solution) -> dict[str, int]:
+    return {g: w[c] for (g, w), c in zip(costs.candidates.items(), solution.choice, strict=True)}
+
+
+def _to_budget(
+    costs: Costs, importance: Importance, budget_ms: float, shape: Mapping[str, float], limits: Sequence[Limit]
+) -> Plan:
+    """Scale shares of widths, all together, to the largest that meet the budgets."""
 
     def at(share: float) -> dict[str, int]:
         wanted = {g: min(1.0, share * shape[g] / max(shape.values())) * w[-1] for g, w in costs.candidates.items()}
@@ -93,14 +167,24 @@ def _to_budget(costs: Costs, importance: Importance, budget_ms: float, shape: Ma
             for g in costs.candidates
         }
 
+    def fits(units: Mapping[str, int]) -> bool:
+        return costs.predict_ms(units) <= budget_ms and all(
+            limit.predict(units, costs.blocks) <= limit.budget for limit in limits
+        )
+
     low, high = 0.0, 1.0 / min(v / max(shape.values()) for v in shape.values())
-    if costs.predict_ms(at(low)) > budget_ms:
+    if not fits(at(low)):
+        others = "".join(
+            f"; {limit.name} {limit.predict(at(low), costs.blocks):.4g}, the budget is {limit.budget:.4g}"
+            for limit in limits
+        )
         raise UnreachableBudget(
             f"the smallest network is predicted at {costs.predict_ms(at(low)):.4g} ms, the budget is {budget_ms:.4g} ms"
+            f"{others}"
         )
     for _ in range(SETTLE):
         middle = (low + high) / 2
-        low, high = (middle, high) if costs.predict_ms(at(middle)) <= budget_ms else (low, middle)
+        low, high = (middle, high) if fits(at(middle)) else (low, middle)
     widths = at(low)
     value = sum(float(kept_value(importance[g], [w])[0]) for g, w in widths.items())
     return Plan(widths, costs.predict_ms(widths), costs.predict_ms(costs.dense), value, float("nan"))
@@ -113,20 +197,21 @@ def _least(widths: Sequence[int]) -> int:
 # ---- the problem as arrays -----------------------------------------------------------------------------------
 
 
-def problem_of(costs: Costs, importance: Importance) -> knapsack.Problem:
-    """Values and costs of every choice, for `knapsack.solve`."""
-    groups = list(costs.candidates)
-    number = {g: i for i, g in enumerate(groups)}
-    values = tuple(kept_value(importance[g], costs.candidates[g]) for g in groups)
-    builder = _Terms(costs, number)
-    for one in costs.surfaces:
-        builder.add(one)
+def problem_of(costs: Costs, importance: Importance, limits: Sequence[Limit] = ()) -> knapsack.Problem:
+    """Values and costs of every choice, for `knapsack.solve`: the device's latency first, then the further limits."""
+    number = {g: i for i, g in enumerate(costs.candidates)}
+    values = tuple(kept_value(importance[g], widths) for g, widths in costs.candidates.items())
     together = []
     for block in costs.blocks:
         inside = [g for g in block.groups if 0 in costs.candidates[g]]
         together += [((number[a], 0), (number[b], 0)) for a, b in itertools.pairwise(inside)]
-    constant = builder.constant + costs.correction.overhead_ms
-    return knapsack.Problem(values, tuple(builder.pairs), tuple(builder.sums), constant, tuple(together))
+    each = []
+    for limit in (costs.limit("latency in ms", 0.0), *limits):
+        builder = _Terms(costs, number)
+        for part in limit.parts:
+            builder.add(part)
+        each.append(knapsack.Cost(limit.name, tuple(builder.terms), tuple(builder.sums), limit.constant))
+    return knapsack.Problem(values, tuple(each), tuple(together))
 
 
 class _Terms:
@@ -134,65 +219,49 @@ class _Terms:
 
     def __init__(self, costs: Costs, number: Mapping[str, int]) -> None:
         self.candidates, self.number = costs.candidates, number
-        self.pairs: list[knapsack.Pair] = []
+        self.terms: list[knapsack.Term] = []
         self.sums: list[knapsack.Sum] = []
-        self.constant = 0.0
         self.gate = {name: b.groups[0] for b in costs.blocks for name in b.layers if 0 in costs.candidates[b.groups[0]]}
 
-    def add(self, surface: Surface) -> None:
-        layer = surface.layer
+    def add(self, part: Part) -> None:
+        layer = part.layer
         ins = [g for g, _ in layer.in_width.terms if len(self.candidates[g]) > 1]
         outs = [g for g, _ in layer.out_width.terms if len(self.candidates[g]) > 1]
         involved = list(dict.fromkeys(ins + outs))
         gate = self.gate.get(layer.name)
         if gate is not None and gate not in involved:
             involved.append(gate)
-        if len(involved) <= 2:
-            self._pair(surface, involved, gate)
+        if math.prod(len(self.candidates[g]) for g in involved) <= PRODUCTS:
+            self._term(part, involved, gate)
         else:
-            self._sum(surface, ins, outs)
+            self._sum(part, ins, outs)
 
-    def _pair(self, surface: Surface, involved: Sequence[str], gate: str | None) -> None:
-        fixed = {g: w[-1] for g, w in self.candidates.items()}
+    def _term(self, part: Part, involved: Sequence[str], gate: str | None) -> None:
+        """Every combination of the groups' widths at its own cost; a single width counts as no choice."""
+        units = {g: w[-1] for g, w in self.candidates.items()}
+        cost = np.zeros([len(self.candidates[g]) for g in involved])
+        for at in np.ndindex(*cost.shape):
+            units |= {g: self.candidates[g][c] for g, c in zip(involved, at, strict=True)}
+            if gate is None or units[gate]:
+                cost[at] = part.at(*_channels(part.layer, units))
+        self.terms.append(knapsack.Term(tuple(self.number[g] for g in involved), cost))
 
-        def cost(units: Mapping[str, int]) -> float:
-            if gate is not None and units[gate] == 0:
-                return 0.0
-            return _corrected(surface, units)
-
-        if not involved:
-            self.constant += cost(fixed)
-            return
-        a, b = involved[0], involved[1] if len(involved) > 1 else None
-        columns = self.candidates[b] if b is not None else (0,)
-        grid = np.array(
-            [[cost({**fixed, a: i, **({b: j} if b is not None else {})}) for j in columns] for i in self.candidates[a]]
-        )
-        self.pairs.append(knapsack.Pair(self.number[a], self.number[b] if b is not None else -1, grid))
-
-    def _sum(self, surface: Surface, ins: Sequence[str], outs: Sequence[str]) -> None:
-        """Many groups meet in a concat: linear in their sum, for each choice of the output."""
-        layer = surface.layer
+    def _sum(self, part: Part, ins: Sequence[str], outs: Sequence[str]) -> None:
+        """Many groups meet in a concat: linear in their sum, for each choice of the output, and nowhere below."""
+        layer = part.layer
         if follows_input(layer):
             outs = ()
         if len(outs) > 1:
-            self._plane(surface, ins, outs)
+            self._plane(part, ins, outs)
             return
         fixed = {g: w[-1] for g, w in self.candidates.items()}
         out = outs[0] if outs else None
-        widths = [size(layer.out_width, {**fixed, **({out: c} if out else {})}) for c in self._choices(out)]
-        low, high = surface.ins[0], surface.ins[-1]
-        base, slope = [], []
-        for width in widths:
-            at_low, at_high = (_corrected_at(surface, i, width) for i in (low, high))
-            slope.append((at_high - at_low) / max(high - low, 1))
-            base.append(at_low - slope[-1] * low if width else 0.0)
+        choices = self.candidates[out] if out else (0,)
+        widths = [size(layer.out_width, {**fixed, **({out: c} if out else {})}) for c in choices]
+        lines = [_above(part, width) for width in widths]
         sizes, rest = self._sizes(layer.in_width.terms, ins, layer.in_width.fixed)
-        number = self.number[out] if out else -1
-        self.sums.append(knapsack.Sum(sizes, rest, number, np.array(base), np.array(slope)))
-
-    def _choices(self, group: str | None) -> tuple[int, ...]:
-        return self.candidates[group] if group else (0,)
+        base, slope = np.array(lines).T
+        self.sums.append(knapsack.Sum(sizes, rest, self.number[out] if out else -1, base, slope))
 
     def _sizes(
         self, terms: Sequence[tuple[str, int]], free: Sequence[str], fixed: int
@@ -201,13 +270,14 @@ class _Terms:
         rest = fixed + sum(per * self.candidates[g][-1] for g, per in terms if g not in free)
         return sizes, float(rest)
 
-    def _plane(self, surface: Surface, ins: Sequence[str], outs: Sequence[str]) -> None:
-        """Several groups on both sides: a + b in + c out + d in out, fitted to the surface."""
-        layer = surface.layer
-        grid = [(i, o) for i in surface.ins for o in surface.outs]
-        rows = np.array([[1.0, i, o, i * o] for i, o in grid])
-        y = np.array([_corrected_at(surface, i, o) for i, o in grid])
-        a, b, c, d = np.linalg.lstsq(rows, y, rcond=None)[0]
+    def _plane(self, part: Part, ins: Sequence[str], outs: Sequence[str]) -> None:
+        """Several groups on both sides: a + b in + c out + d in out, fitted to the layer and raised above it."""
+        layer = part.layer
+        points = [(i, o) for i in part.ins for o in part.outs]
+        rows = np.array([[1.0, i, o, i * o] for i, o in points])
+        y = np.array([part.at(i, o) for i, o in points])
+        fitted = np.linalg.lstsq(rows, y, rcond=None)[0]
+        a, b, c, d = fitted + [max(0.0, float((y - rows @ fitted).max())), 0.0, 0.0, 0.0]
         in_sizes, in_rest = self._sizes(layer.in_width.terms, ins, layer.in_width.fixed)
         out_sizes, out_rest = self._sizes(layer.out_width.terms, outs, layer.out_width.fixed)
         self.sums.append(knapsack.Sum(out_sizes, out_rest, -1, np.array([a]), np.array([c])))
@@ -216,13 +286,31 @@ class _Terms:
             self.sums.append(knapsack.Sum(in_sizes, in_rest, number, np.zeros(len(size_of)), d * size_of))
 
 
-def _corrected(surface: Surface, units: Mapping[str, int]) -> float:
-    shape = shape_at(surface.layer, units)
-    c = surface.table.correction
-    return c.scale * surface.at(shape.in_ch, shape.out_ch) + c.per_mib_ms * weights_mib(shape)
+def _channels(layer: Layer, units: Mapping[str, int]) -> tuple[int, int]:
+    return size(layer.in_width, units), size(layer.out_width, units)
+
+
+def _above(part: Part, out_ch: int) -> tuple[float, float]:
+    """(base, slope) of a line over the input channels, nowhere below the layer's cost; 0 for a layer that is gone."""
+    if not out_ch:
+        return 0.0, 0.0
+    shape, follows = part.layer.shape, follows_input(part.layer)
+    ins = np.array(part.ins, dtype=float)
+    costs = np.array([part.at(i, i * shape.out_ch // shape.in_ch if follows else out_ch) for i in part.ins])
+    slope = float((costs[-1] - costs[0]) / max(ins[-1] - ins[0], 1.0))
+    return float((costs - slope * ins).max()), slope
 
 
 def _corrected_at(surface: Surface, in_ch: int, out_ch: int) -> float:
     c = surface.table.correction
-    shape = replace(surface.layer.shape, in_ch=in_ch, out_ch=out_ch)
-    return c.scale * surface.at(in_ch, out_ch) + c.per_mib_ms * weights_mib(shape)
+    return c.scale * surface.at(in_ch, out_ch) + c.per_mib_ms * weights_mib(_resized(surface.layer, in_ch, out_ch))
+
+
+def _bytes_at(layer: Layer, in_ch: int, out_ch: int) -> float:
+    return 2**20 * weights_mib(_resized(layer, in_ch, out_ch))
+
+
+def _resized(layer: Layer, in_ch: int, out_ch: int) -> LayerShape:
+    shape = layer.shape
+    groups = shape.conv_groups * in_ch // shape.in_ch if layer.groups_width.terms else shape.conv_groups
+    return replace(shape, in_ch=in_ch, out_ch=out_ch, conv_groups=groups)

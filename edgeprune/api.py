@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import pipeline, runs, store, target
+from . import budgets, pipeline, runs, store, target
 from .config import CompressSection
-from .errors import BudgetError, UsageError
+from .errors import UsageError
 from .graph import Example
 from .pipeline import Asked, Outcome
 from .records import Budget
@@ -52,7 +52,7 @@ def compress(
     Raises:
         UnreachableBudget: before any training, with the fastest this device can be.
     """
-    section = CompressSection.model_validate({**settings, "latency_ms": latency_ms, "speedup": speedup})
+    section = CompressSection.model_validate(settings)
     opened = target if not isinstance(target, str) else _open(target, targets or {})
     folder = Path(run) if run is not None else next_run(Path("runs"))
     try:
@@ -61,7 +61,7 @@ def compress(
             example,
             opened,
             Callables(train, evaluate, batches),
-            asked(section),
+            asked(section, one_budget(latency_ms, speedup, section.size_mb)),
             Run(folder),
             store.Store(store.default_path()),
             watch,
@@ -81,10 +81,10 @@ def load(run: str | Path, model: nn.Module) -> nn.Module:
     return runs.load_model(Run(Path(run)), model)
 
 
-def asked(section: CompressSection) -> Asked:
-    """What a [compress] section asks for; raises BudgetError unless it holds one sensible budget."""
+def asked(section: CompressSection, budget: Budget) -> Asked:
+    """What a [compress] section asks for, with one of its budgets."""
     return Asked(
-        budget=budget(section.latency_ms, section.speedup),
+        budget=budget,
         strategy=section.strategy,
         importance=section.importance,
         steps=section.steps,
@@ -96,16 +96,9 @@ def asked(section: CompressSection) -> Asked:
     )
 
 
-def budget(latency_ms: float | None, speedup: float | None) -> Budget:
-    if (latency_ms is None) == (speedup is None):
-        raise BudgetError("give one budget: a latency in milliseconds (--latency-ms 8) or a speed-up (--speedup 2)")
-    if latency_ms is not None and not latency_ms > 0:
-        raise BudgetError(
-            f"a budget of {latency_ms:g} ms makes no sense; it is the median latency of one input, above 0"
-        )
-    if speedup is not None and not speedup > 1:
-        raise BudgetError(f"a speed-up of {speedup:g} asks for nothing; 2 means half the dense network's latency")
-    return Budget(latency_ms, speedup)
+def one_budget(latency_ms: float | None, speedup: float | None, size_mb: float | None = None) -> Budget:
+    """Raises BudgetError unless exactly one was given and it makes sense."""
+    return budgets.requested("target", latency_ms, speedup, size_mb).levels[0][0]
 
 
 def next_run(folder: Path) -> Path:

@@ -83,9 +83,14 @@ class TargetSection(BaseModel):
 class CompressSection(Section):
     """[compress]: the budget and how it is reached."""
 
-    target: str = Field("cpu", description="a [target.NAME], or cpu")
-    latency_ms: float | None = Field(None, description="budget: median latency of one input")
-    speedup: float | None = Field(None, description="budget: dense latency divided by this")
+    target: str = Field("cpu", description="a [target.NAME], or cpu; several with commas between")
+    latency_ms: float | tuple[float, ...] | dict[str, float] | None = Field(
+        None, description="budget: median latency of one input; several, or one for each target"
+    )
+    speedup: float | tuple[float, ...] | dict[str, float] | None = Field(
+        None, description="budget: dense latency divided by this; several, or one for each target"
+    )
+    size_mb: PositiveFloat | None = Field(None, description="budget: of the exported file, beside the latency")
     strategy: Literal["knapsack", "uniform", "random"] = Field("knapsack", description="how widths are chosen")
     importance: Literal["sp-lamp", "sp-lamp-log", "l1", "l2", "taylor", "random"] = Field(
         "sp-lamp", description="how channels are scored"

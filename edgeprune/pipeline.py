@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 import numpy as np
 from torch import nn
 
-from . import files, importance, measure, planning, runs, surgery, verify, widths
+from . import allocate, files, importance, measure, planning, runs, surgery, verify, widths
 from .allocate import Costs
 from .finetune import load_state, read_tensors, save_tensors
 from .graph import Example, ModelGraph, trace
 from .importance import Importance
-from .planning import Bench, Chosen
-from .records import Artifact, Budget, Keep, LayerRow, Plan, VerifyReport
+from .planning import Aim, Bench, Chosen
+from .records import Budget, Keep, LayerRow, Plan, VerifyReport
 from .runs import Run
 from .store import Store
 from .target import Target
@@ -45,6 +46,18 @@ class Asked:
 
 
 @dataclass(frozen=True, eq=False)
+class Also:
+    """A further target that the same network has to satisfy, within its own budget."""
+
+    target: Target
+    budget: Budget
+
+    def run_in(self, run: Run) -> Run:
+        """Where its part of a run lies."""
+        return Run(run.path(f"also-{self.target.name}"))
+
+
+@dataclass(frozen=True, eq=False)
 class Outcome:
     """A finished run."""
 
@@ -52,6 +65,7 @@ class Outcome:
     keep: Keep
     report: VerifyReport
     run: Run
+    others: tuple[tuple[str, VerifyReport], ...] = ()  # (target, report) of further targets
 
 
 def compress(
@@ -64,6 +78,9 @@ def compress(
     store: Store,
     watch: Watch | None = None,
     resume: bool = False,
+    also: Sequence[Also] = (),
+    within: Run | None = None,
+    measured: Run | None = None,
 ) -> Outcome:
     """Prune `model` to a latency that is measured on `target`.
 
@@ -77,56 +94,98 @@ def compress(
         store: latency measurements of earlier runs.
         watch: who is told how it goes.
         resume: go on in a folder that holds this run already.
+        also: further targets with their budgets.
+        within: a finished run of the same network: start from its network, and keep a subset of its channels.
+        measured: a folder whose preflight.json is of this network on this target.
     Raises:
         UnreachableBudget: before any training, with the fastest this device can be.
     """
     watch = watch or Silent()
     graph = trace(model, example, asked.protected)
     wanted = {**files.plain(asked), "target": files.plain(target.fingerprint())}
+    wanted |= {"also": files.plain([[a.target.fingerprint(), a.budget] for a in also])} if also else {}
     runs.claim(run, graph, wanted, facts(model, task), resume)
     if not run.has("verify.json"):
-        costs = latency_costs(graph, target, asked, store, run, watch)
+        if measured is not None and not run.has("preflight.json"):
+            run.write("preflight.json", planning.PREFLIGHT, measured.read("preflight.json", planning.PREFLIGHT))
+        student, keep = _begun(model, within)
         with watch.stage("score channels"):
-            scores = importance.score(model, graph.groups, asked.importance, task.batches(), asked.seed)
-        with watch.stage("export the dense network"):
-            bench = Bench(model, graph, target, run.folder)
-        start, costs = planning.preflight(bench, costs, scores, run, watch, asked.seed)
-        wanted_ms = planning.check_budget(asked.budget, start)
-        watch.say(f"dense {start.dense_ms:.4g} ms, floor {start.floor.measured_ms:.4g} ms, budget {wanted_ms:.4g} ms")
+            scores = current_scores(student, graph, keep, task, asked)
+        aims = [aim_at(target, asked.budget, graph, model, scores, asked, run, store, watch)]
+        aims += [aim_at(a.target, a.budget, graph, model, scores, asked, a.run_in(run), store, watch) for a in also]
+        first: Chosen | None = None
         if not run.has("step-1/plan.json"):  # the contract is checked before any training
-            first = planning.meet(bench, costs, scores, asked.strategy, wanted_ms, asked.seed, watch)
-            watch.say(f"a plan of {first.measured_ms:.4g} ms holds on the device")
-        student: nn.Module = model
-        keep: Keep = {}
-        for step, budget_ms in enumerate(planning.schedule(start.dense_ms, wanted_ms, asked.steps), 1):
-            student, keep = prune_step(
-                step, student, keep, model, graph, costs, bench, task, asked, budget_ms, run, watch
+            first = planning.meet(
+                _at_most(aims, keep), scores, asked.strategy, asked.seed, watch, size_bytes(asked.budget)
             )
-        write_layers(run, costs, asked.steps)
+            watch.say(f"a plan of {first.measured_ms:.4g} ms holds on the device")
+        for step, budgets in enumerate(_budgets(aims, keep, asked.steps), 1):
+            ready = first if asked.steps == 1 else None
+            student, keep = prune_step(step, student, keep, model, graph, aims, budgets, ready, task, asked, run, watch)
+        write_layers(run, aims[0].costs, asked.steps)
         runs.save_model(run, student, graph, keep)
-        with watch.stage("export the pruned network"):
-            artifact = target.export(student, example, run.path("artifact"))
-        report = verify_run(
-            model, bench.dense, student, artifact, graph, target, task, asked, run, start.dense_ms, watch
-        )
-        run.write("verify.json", VERIFY, report)
+        for one, aim in zip(also, aims[1:], strict=True):
+            verify_run(model, student, graph, aim, one.budget, task, asked, one.run_in(run), run, watch)
+        verify_run(model, student, graph, aims[0], asked.budget, task, asked, run, run, watch)
     pruned = runs.load_model(run, model)
     recipe = run.read("recipe.json", runs.RECIPE)
-    report = runs.as_record(VerifyReport, run.read("verify.json", VERIFY))
-    return Outcome(pruned, runs.keep_of(recipe["keep"]), report, run)
+    others = tuple((a.target.name, _report(a.run_in(run))) for a in also)
+    return Outcome(pruned, runs.keep_of(recipe["keep"]), _report(run), run, others)
+
+
+def _report(run: Run) -> VerifyReport:
+    return runs.as_record(VerifyReport, run.read("verify.json", VERIFY))
+
+
+def _begun(model: nn.Module, within: Run | None) -> tuple[nn.Module, Keep]:
+    """The network to start from, and the units that it has left."""
+    if within is None:
+        return model, {}
+    return runs.load_model(within, model), runs.keep_of(within.read("recipe.json", runs.RECIPE)["keep"])
+
+
+def aim_at(
+    target: Target,
+    budget: Budget,
+    graph: ModelGraph,
+    model: nn.Module,
+    scores: Importance,
+    asked: Asked,
+    run: Run,
+    store: Store,
+    watch: Watch,
+) -> Aim:
+    """Measure what this network's layers cost on a target, and that its budget can be reached there."""
+    costs = latency_costs(graph, target, asked, store, run, watch)
+    with watch.stage("export the dense network"):
+        bench = Bench(model, graph, target, run.folder)
+    start, costs = planning.preflight(bench, costs, scores, run, watch, asked.seed)
+    wanted_ms = planning.check_budget(budget, start)
+    watch.say(f"dense {start.dense_ms:.4g} ms, floor {start.floor.measured_ms:.4g} ms, budget {wanted_ms:.4g} ms")
+    return Aim(bench, costs, wanted_ms)
+
+
+def size_bytes(budget: Budget) -> float | None:
+    return None if budget.size_mb is None else 1e6 * budget.size_mb
+
+
+def _budgets(aims: Sequence[Aim], keep: Keep, steps: int) -> list[tuple[float, ...]]:
+    """Of every step, for each target."""
+    starts = [aim.costs.predict_ms(_units(aim, keep)) if keep else aim.bench.reference_ms for aim in aims]
+    each = [planning.schedule(ms, aim.wanted_ms, steps) for ms, aim in zip(starts, aims, strict=True)]
+    return list(zip(*each, strict=True))
 
 
 def verify_again(model: nn.Module, target: Target, task: Task, run: Run, watch: Watch) -> Outcome:
     """Measure a finished run once more, from its own files."""
     asked = _asked(run)
     pruned = runs.load_model(run, model)
-    graph = trace(model, runs.read_example(run.path(runs.EXAMPLE)), asked.protected)
-    with watch.stage("export both networks"):
-        dense = target.export(model, graph.example, run.path("dense"))
-        artifact = target.export(pruned, graph.example, run.path("artifact"))
-        (reference,) = measure.time_networks([dense], target, 5.0)
-    report = verify_run(model, dense, pruned, artifact, graph, target, task, asked, run, reference.median_ms, watch)
-    run.write("verify.json", VERIFY, report)
+    graph = trace(model, runs.read_example(run.path("example.safetensors")), asked.protected)
+    bench = Bench(model, graph, target, run.folder)
+    bench.time([])
+    chosen = _read_plan(run, asked.steps)
+    assert chosen is not None
+    report = verify_on(model, pruned, graph, bench, chosen.plan.predicted_ms, asked.budget, task, asked, run, watch)
     recipe = run.read("recipe.json", runs.RECIPE)
     return Outcome(pruned, runs.keep_of(recipe["keep"]), report, run)
 
@@ -134,6 +193,7 @@ def verify_again(model: nn.Module, target: Target, task: Task, run: Run, watch: 
 def _asked(run: Run) -> Asked:
     content = dict(run.read("run.json", runs.RUN)["asked"])
     del content["target"]
+    content.pop("also", None)
     return runs.as_record(Asked, content)
 
 
@@ -181,21 +241,20 @@ def prune_step(
     keep: Keep,
     dense: nn.Module,
     graph: ModelGraph,
-    costs: Costs,
-    bench: Bench,
+    aims: Sequence[Aim],
+    budgets: Sequence[float],
+    ready: Chosen | None,
     task: Task,
     asked: Asked,
-    budget_ms: float,
     run: Run,
     watch: Watch,
 ) -> tuple[nn.Module, Keep]:
     """One step of the schedule: score, plan, cut, re-estimate batch norm, train. Finished pieces are read back."""
     folder, last = run.path(f"step-{step}"), step == asked.steps
-    chosen = _read_plan(run, step)
+    chosen = _read_plan(run, step) or ready
     if chosen is None:
         scores = current_scores(student, graph, keep, task, asked)
-        smaller = _at_most(costs, keep)
-        chosen = _choose(bench, smaller, scores, asked, budget_ms, last, watch)
+        chosen = _choose(_at_most(aims, keep), scores, asked, budgets, last, watch)
     cut = surgery.cut(dense, graph, chosen.keep)
     if (folder / "weights.safetensors").exists():
         load_state(cut, read_tensors(folder / "weights.safetensors"), folder)
@@ -206,7 +265,7 @@ def prune_step(
     if not run.has(f"step-{step}/plan.json"):
         with watch.stage("accuracy before and after the cut"):
             accuracy = {"before": task.evaluate(student), "cut": task.evaluate(cut)}
-        run.write(f"step-{step}/plan.json", STEP, {"chosen": chosen, "budget_ms": budget_ms, "accuracy": accuracy})
+        run.write(f"step-{step}/plan.json", STEP, {"chosen": chosen, "budget_ms": budgets[0], "accuracy": accuracy})
     with watch.stage(f"fine-tune, step {step} of {asked.steps}") as progress:
         task.train(cut, dense, last, folder, progress)
     save_tensors(cut.state_dict(), folder / "weights.safetensors")
@@ -233,48 +292,67 @@ def current_scores(student: nn.Module, graph: ModelGraph, keep: Keep, task: Task
     return scores
 
 
-def _at_most(costs: Costs, keep: Keep) -> Costs:
-    """Widths that are still there."""
-    left = {
-        g: tuple(w for w in choices if w <= len(keep.get(g, range(choices[-1]))))
-        for g, choices in costs.candidates.items()
-    }
-    return replace(costs, candidates=left)
+def _at_most(aims: Sequence[Aim], keep: Keep) -> list[Aim]:
+    return [replace(aim, costs=allocate.at_most(aim.costs, _units(aim, keep))) for aim in aims]
+
+
+def _units(aim: Aim, keep: Keep) -> dict[str, int]:
+    return {g: len(keep[g]) if g in keep else n for g, n in aim.costs.dense.items()}
 
 
 def _choose(
-    bench: Bench, costs: Costs, scores: Importance, asked: Asked, budget_ms: float, last: bool, watch: Watch
+    aims: Sequence[Aim], scores: Importance, asked: Asked, budgets: Sequence[float], last: bool, watch: Watch
 ) -> Chosen:
     """Earlier steps trust the prediction; the last one is measured until it holds."""
     if last:
-        return planning.meet(bench, costs, scores, asked.strategy, budget_ms, asked.seed, watch)
-    plan: Plan = planning.within_reach(costs, scores, asked.strategy, budget_ms, asked.seed)
+        return planning.meet(aims, scores, asked.strategy, asked.seed, watch, size_bytes(asked.budget))
+    plan: Plan = planning.within_reach(aims, scores, asked.strategy, budgets, asked.seed)
     return Chosen(plan, importance.best(scores, plan.widths), float("nan"), (), "")
 
 
 def verify_run(
     dense: nn.Module,
-    dense_artifact: Artifact,
     pruned: nn.Module,
-    artifact: Artifact,
     graph: ModelGraph,
-    target: Target,
+    aim: Aim,
+    budget: Budget,
     task: Task,
     asked: Asked,
     run: Run,
-    dense_ms: float,
+    whole: Run,
     watch: Watch,
 ) -> VerifyReport:
-    """Both networks on the target, interleaved."""
-    smaller = trace(pruned, graph.example)
-    chosen = _read_plan(run, asked.steps)
+    """A finished network on one of its targets, against what its plan promised there."""
+    chosen = _read_plan(whole, asked.steps)
     assert chosen is not None
+    predicted_ms = aim.costs.predict_ms(chosen.plan.widths)
+    return verify_on(dense, pruned, graph, aim.bench, predicted_ms, budget, task, asked, run, watch)
+
+
+def verify_on(
+    dense: nn.Module,
+    pruned: nn.Module,
+    graph: ModelGraph,
+    bench: Bench,
+    predicted_ms: float,
+    budget: Budget,
+    task: Task,
+    asked: Asked,
+    run: Run,
+    watch: Watch,
+) -> VerifyReport:
+    """Both networks on a target, interleaved; the result is written to `run`."""
+    with watch.stage("export the pruned network"):
+        artifact = bench.target.export(pruned, graph.example, run.path("artifact"))
+    smaller = trace(pruned, graph.example)
     networks = [
-        verify.Network(dense, dense_artifact, graph.total_params, graph.total_macs),
+        verify.Network(dense, bench.dense, graph.total_params, graph.total_macs),
         verify.Network(pruned, artifact, smaller.total_params, smaller.total_macs),
     ]
     with watch.stage("verify on the device") as progress:
-        return verify.check(
-            networks[0], networks[1], target, asked.budget, chosen.plan.predicted_ms, dense_ms, graph.example,
+        report = verify.check(
+            networks[0], networks[1], bench.target, budget, predicted_ms, bench.reference_ms, graph.example,
             task.final, asked.accuracy_floor, progress,
         )  # fmt: skip
+    run.write("verify.json", VERIFY, report)
+    return report

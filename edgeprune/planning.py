@@ -7,8 +7,9 @@ to end, in turn with the dense one; the prediction is corrected by them, and a p
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,8 @@ from .watch import Watch
 PREFLIGHT = "edgeprune.preflight/1"
 SAMPLES = 4  # networks between the floor and the dense one that calibrate the prediction
 TRIES = 6
-MARGIN = 0.025  # aimed under the budget: the middle of what is neither over it nor wasteful
+UNUSED = 0.03  # of a budget, at most: a plan further below it is improved
+MARGIN = 0.015  # aimed under the budget: the middle of what is neither over it nor far below
 CLOSE = 0.0075  # to either end of that: what the next measurement of the same network may differ by
 
 
@@ -60,6 +62,7 @@ class Chosen:
     measured_ms: float
     attempts: tuple[Measured, ...]
     note: str
+    others_ms: tuple[float, ...] = ()  # measured on further targets, in their order
 
 
 class Bench:
@@ -73,20 +76,36 @@ class Bench:
 
     def time(self, keeps: Sequence[Keep]) -> list[float]:
         """Milliseconds of each cut network, as if the dense one took `reference_ms` as it did at first."""
-        with_files = []
+        with self.built(keeps) as artifacts:
+            return self.timed(artifacts)
+
+    @contextmanager
+    def built(self, keeps: Sequence[Keep]) -> Iterator[list[Artifact]]:
+        """The cut networks as files, for as long as they are needed."""
+        folders = [self.folder / f"plan-{at}" for at in range(len(keeps))]
         try:
-            for at, keep in enumerate(keeps):
-                module = surgery.cut(self.model, self.graph, keep)
-                with_files.append(self.target.export(module, self.graph.example, self.folder / f"plan-{at}"))
-            dense, *cut = measure.time_networks([self.dense, *with_files], self.target)
+            modules = (surgery.cut(self.model, self.graph, keep) for keep in keeps)
+            yield [self.target.export(m, self.graph.example, f) for m, f in zip(modules, folders, strict=True)]
         finally:
-            for at in range(len(keeps)):
-                shutil.rmtree(self.folder / f"plan-{at}", ignore_errors=True)
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def timed(self, artifacts: Sequence[Artifact]) -> list[float]:
+        dense, *cut = measure.time_networks([self.dense, *artifacts], self.target)
         if not self.reference_ms:
             self.reference_ms = dense.median_ms
             halves = np.median(dense.samples_ms[::2]), np.median(dense.samples_ms[1::2])
             self.noise = float(abs(halves[0] / halves[1] - 1))
         return [timing.median_ms * self.reference_ms / dense.median_ms for timing in cut]
+
+
+@dataclass(frozen=True, eq=False)
+class Aim:
+    """A latency to reach on a target."""
+
+    bench: Bench
+    costs: Costs
+    wanted_ms: float
 
 
 def preflight(
@@ -130,57 +149,123 @@ def check_budget(budget: Budget, start: Preflight) -> float:
 
 
 def meet(
-    bench: Bench, costs: Costs, scores: Importance, strategy: str, wanted_ms: float, seed: int, watch: Watch
+    aims: Sequence[Aim],
+    scores: Importance,
+    strategy: str,
+    seed: int,
+    watch: Watch,
+    size_bytes: float | None = None,
 ) -> Chosen:
-    """Solve, build, measure, correct and solve again, until the measured latency meets the budget.
+    """Solve, build, measure, correct and solve again, until what is measured meets every budget.
 
+    Args:
+        aims: the target and its latency; further targets that the same network has to satisfy.
+        scores: group -> (width,).
+        strategy: see `allocate.allocate`.
+        seed: for "random".
+        watch: who is told.
+        size_bytes: of the exported file, at most.
     Raises:
-        UnreachableBudget: no plan that was tried meets it; the message holds what was measured.
+        UnreachableBudget: no plan that was tried meets them; the message holds what was measured.
     """
-    attempts: list[Measured] = []
-    best: Chosen | None = None
-    bias = 1.0
+    tries: list[Try] = []
+    bias = [1.0] * len(aims)
     with watch.stage("find a plan that holds on the device") as progress:
         for attempt in range(TRIES):
             progress(attempt, TRIES)
-            plan = within_reach(costs, scores, strategy, wanted_ms * (1 - MARGIN) / bias, seed)
-            keep = importance.best(scores, plan.widths)
-            measured_ms = _confirmed(bench, keep, wanted_ms)
-            attempts.append(Measured(plan.widths, plan.predicted_ms, measured_ms))
-            fits = measured_ms <= wanted_ms * (1 - CLOSE)
-            if fits and (best is None or measured_ms > best.measured_ms):
-                best = Chosen(plan, keep, measured_ms, (), "")
-            if fits and measured_ms >= wanted_ms * (1 - WASTE + CLOSE):
-                break
-            if len(attempts) > 1 and attempts[-1].units == attempts[-2].units:
-                break  # the widths on offer have no plan between
-            bias = measured_ms / plan.predicted_ms
-    if best is None:
-        nearest = min(attempts, key=lambda a: a.measured_ms)
-        raise UnreachableBudget(
-            f"no plan met {wanted_ms:.4g} ms in {len(attempts)} attempts; the nearest was measured at "
-            f"{nearest.measured_ms:.4g} ms. The device may be busy: try again, or raise the budget."
-        )
-    under = 1 - best.measured_ms / wanted_ms
-    note = f"{under:.1%} under the budget: the widths on offer have no plan between" if under > WASTE else ""
-    return replace(best, attempts=tuple(attempts), note=note)
+            budgets = [aim.wanted_ms * (1 - MARGIN) / b for aim, b in zip(aims, bias, strict=True)]
+            plan = within_reach(aims, scores, strategy, budgets, seed, size_bytes)
+            tries.append(_tried(plan, aims, importance.best(scores, plan.widths), size_bytes))
+            if tries[-1].enough or (attempt and tries[-1].plan.widths == tries[-2].plan.widths):
+                break  # or the widths on offer have no plan between
+            bias = [ms / aim.costs.predict_ms(plan.widths) for ms, aim in zip(tries[-1].each_ms, aims, strict=True)]
+    good = [t for t in tries if t.fits]
+    if not good:
+        raise UnreachableBudget(_out_of_reach(tries, aims, size_bytes))
+    best = max(good, key=lambda t: max(_shares(t.each_ms, aims)))
+    under = 1 - max(_shares(best.each_ms, aims))
+    spare = under > WASTE and not best.enough
+    note = f"{under:.1%} under the budget: the widths on offer have no plan between" if spare else ""
+    attempts = tuple(Measured(t.plan.widths, t.plan.predicted_ms, t.each_ms[0]) for t in tries)
+    return Chosen(best.plan, best.keep, best.each_ms[0], attempts, note, best.each_ms[1:])
 
 
-def _confirmed(bench: Bench, keep: Keep, wanted_ms: float) -> float:
-    """A network's latency; one that fits is measured once more, for of several tries the luckiest would be taken."""
-    (first,) = bench.time([keep])
-    if first > wanted_ms:
-        return first
-    (second,) = bench.time([keep])
-    return max(second, (first + second) / 2)
+@dataclass(frozen=True)
+class Try:
+    """A plan as measured."""
+
+    plan: Plan
+    keep: Keep
+    each_ms: tuple[float, ...]  # on each target
+    size_bytes: int
+    fits: bool
+    enough: bool  # it fits, and one of the budgets is used up
 
 
-def within_reach(costs: Costs, scores: Importance, strategy: str, budget: float, seed: int) -> Plan:
-    """The strategy's plan; the floor where the corrected budget has fallen below it."""
+def _tried(plan: Plan, aims: Sequence[Aim], keep: Keep, size_bytes: float | None) -> Try:
+    measured = [_confirmed(aim.bench, keep, aim.wanted_ms) for aim in aims]
+    each_ms, size = tuple(ms for ms, _ in measured), measured[0][1]
+    used = max(_shares(each_ms, aims))
+    fits = used <= 1 - CLOSE and (size_bytes is None or size <= size_bytes)
+    full = size_bytes is not None and size >= size_bytes * (1 - UNUSED)
+    return Try(plan, keep, each_ms, size, fits, fits and (full or used >= 1 - UNUSED + CLOSE))
+
+
+def _shares(each_ms: Sequence[float], aims: Sequence[Aim]) -> list[float]:
+    return [ms / aim.wanted_ms for ms, aim in zip(each_ms, aims, strict=True)]
+
+
+def _out_of_reach(tries: Sequence[Try], aims: Sequence[Aim], size_bytes: float | None) -> str:
+    nearest = min(tries, key=lambda t: max(_shares(t.each_ms, aims)))
+    wanted = " and ".join(f"{aim.wanted_ms:.4g} ms{_on(aim, aims)}" for aim in aims)
+    found = " and ".join(f"{ms:.4g} ms{_on(aim, aims)}" for ms, aim in zip(nearest.each_ms, aims, strict=True))
+    if size_bytes is not None:
+        wanted += f" and {size_bytes / 1e6:.4g} MB"
+        found += f" and {nearest.size_bytes / 1e6:.4g} MB"
+    return (
+        f"no plan met {wanted} in {len(tries)} attempts; the nearest was measured at {found}. The device may be busy: "
+        "try again, or raise the budget."
+    )
+
+
+def _on(aim: Aim, aims: Sequence[Aim]) -> str:
+    return f" on {aim.bench.target.name}" if len(aims) > 1 else ""
+
+
+def _confirmed(bench: Bench, keep: Keep, wanted_ms: float) -> tuple[float, int]:
+    """A network's latency and size; one that fits is measured once more, for of several tries the luckiest would be
+    taken."""
+    with bench.built([keep]) as artifacts:
+        (first,) = bench.timed(artifacts)
+        if first > wanted_ms:
+            return first, artifacts[0].size_bytes
+        (second,) = bench.timed(artifacts)
+        return max(second, (first + second) / 2), artifacts[0].size_bytes
+
+
+def within_reach(
+    aims: Sequence[Aim],
+    scores: Importance,
+    strategy: str,
+    budgets: Sequence[float],
+    seed: int,
+    size_bytes: float | None = None,
+) -> Plan:
+    """The strategy's plan for predicted budgets; the floor where they have fallen below it."""
+    first, *others = aims
+    limits = [
+        aim.costs.limit(f"latency on {aim.bench.target.name} in ms", budget)
+        for aim, budget in zip(others, budgets[1:], strict=True)
+    ]
+    if size_bytes is not None:
+        layers, dense = first.bench.graph.layers, first.bench.dense.size_bytes
+        limits.append(allocate.size_limit(layers, first.costs.candidates, dense, size_bytes))
     try:
-        return allocate.allocate(strategy, costs, scores, budget, seed)
+        return allocate.allocate(strategy, first.costs, scores, budgets[0], seed, limits)
     except UnreachableBudget:
-        return allocate.floor(costs)
+        if limits:
+            raise
+        return allocate.floor(first.costs)
 
 
 def schedule(dense_ms: float, wanted_ms: float, steps: int) -> list[float]:

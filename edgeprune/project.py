@@ -86,9 +86,10 @@ class Project:
         return {name: section.model_dump() for name, section in self.config.target.items()}
 
     def open_target(self, name: str | None = None) -> Target:
-        from . import target
+        """Open a target by name; the first of the project's without one."""
+        from . import budgets, target
 
-        return target.open_target(name or self.config.compress.target, self.sections())
+        return target.open_target(name or budgets.names(self.config.compress.target)[0], self.sections())
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Project:

@@ -200,10 +200,11 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Budget:
-    """What the caller asked for: one of the two."""
+    """What the caller asked for: one of the first two, and perhaps a size of the exported file."""
 
     latency_ms: float | None
     speedup: float | None
+    size_mb: float | None = None  # 10^6 bytes
 
 
 @dataclass(frozen=True)

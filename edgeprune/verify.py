@@ -58,6 +58,10 @@ def verdict(report: VerifyReport) -> list[Check]:
             f"{median:.4g} ms measured, budget {limit:.4g} ms ({abs(under):.1%} {'under' if under >= 0 else 'over'})",
         )
     ]
+    if report.budget.size_mb is not None:
+        size_mb = report.pruned.size_bytes / 1e6
+        text = f"{size_mb:.4g} MB, budget {report.budget.size_mb:.4g} MB"
+        checks.append(Check("size", size_mb <= report.budget.size_mb, text))
     for label, network in (("dense", report.dense), ("pruned", report.pruned)):
         a = network.agreement
         checks.append(

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import api, config, files, project
+from .. import api, budgets, config, files, project
 from ..errors import ConfigError, MissedError, UsageError
 from ..runs import Run
-from . import show
+from . import compressing, explaining, show
 from .progress import Bars, console
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -125,8 +125,11 @@ def profile(
 
 @app.command()
 def compress(
-    latency_ms: Annotated[float | None, typer.Option(help="budget: median latency of one input")] = None,
-    speedup: Annotated[float | None, typer.Option(help="budget: dense latency divided by this")] = None,
+    latency_ms: Annotated[
+        str | None, typer.Option(help="budget: median latency of one input; 8, or 8,6,4, or cpu=8,pi=20")
+    ] = None,
+    speedup: Annotated[str | None, typer.Option(help="budget: dense latency divided by this; 2, or 1.5,2,3")] = None,
+    size_mb: Annotated[float | None, typer.Option(help="budget: of the exported file, beside the latency")] = None,
     target: TargetName = None,
     strategy: Annotated[str | None, typer.Option(help="knapsack, uniform or random")] = None,
     importance: Annotated[str | None, typer.Option(help="sp-lamp, sp-lamp-log, l1, l2, taylor or random")] = None,
@@ -139,35 +142,55 @@ def compress(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Prune to a budget, fine-tune, export, verify on the target, and write a report."""
-    from .. import pipeline, report, store
+    """Prune to a budget, fine-tune, export, verify on the target, and write a report.
 
-    flags = {"strategy": strategy, "importance": importance, "steps": steps, "target": target}
+    Several budgets (8,6,4) give one network each, every one a subset of the one before. Several targets (--target
+    cpu,pi) give one network that meets the budget on each.
+    """
+    flags = {"strategy": strategy, "importance": importance, "steps": steps, "size_mb": size_mb}
     extra = [f"compress.{key}={value}" for key, value in flags.items() if value is not None]
+    extra += [f"compress.target='{target}'"] if target is not None else []
     extra += [f"finetune.epochs={epochs}"] if epochs is not None else []
     opened = _project(path, [*(overrides or ()), *extra])
-    section = _with_budget(opened.config.compress, latency_ms, speedup)
-    asked = api.asked(section)
-    with Bars(quiet).stage("load the network and its images"):
-        task = opened.task()
-    folder = _run_folder(opened, run, resume)
-    device = opened.open_target()
+    section = opened.config.compress
+    if latency_ms is None and speedup is None:
+        request = budgets.requested(section.target, section.latency_ms, section.speedup, section.size_mb)
+    else:  # a budget on the command line replaces the file's, whichever kind that was
+        texts = [None if text is None else budgets.parse(text) for text in (latency_ms, speedup)]
+        request = budgets.requested(section.target, texts[0], texts[1], section.size_mb)
+    compressing.run(opened, request, Run(_run_folder(opened, run, resume)), resume, as_json, quiet)
+
+
+@app.command()
+def explain(
+    run: RunFolder = None,
+    dense: Annotated[bool, typer.Option(help="explain the dense network instead of a finished run")] = False,
+    target: TargetName = None,
+    path: ProjectFile = PROJECT,
+    overrides: Overrides = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say why a network is not faster: layer by layer, with the staircases, the sum, and the floor."""
+    from .. import explain as explaining_
+    from .. import store
+
+    opened = _project(path, overrides)
+    folder = None if dense else _finished(opened, run)
+    device = opened.open_target(target)
     try:
-        outcome = pipeline.compress(
+        found = explaining_.explain(
             opened.model,
             opened.example,
             device,
-            task,
-            asked,
-            Run(folder),
+            opened.config.compress,
             store.Store(store.default_path()),
+            None if folder is None else Run(folder),
             Bars(quiet),
-            resume,
         )
     finally:
         device.close()
-    page = report.write(outcome.run)
-    show.finished(outcome, page, as_json)
+    show.result(files.plain(found), as_json, lambda _: explaining.text(found))
 
 
 @app.command()
@@ -276,15 +299,6 @@ def _dims(text: str) -> list[str]:
     return parts
 
 
-def _with_budget(
-    section: config.CompressSection, latency_ms: float | None, speedup: float | None
-) -> config.CompressSection:
-    """A budget on the command line replaces the file's, whichever kind that was."""
-    if latency_ms is None and speedup is None:
-        return section
-    return section.model_copy(update={"latency_ms": latency_ms, "speedup": speedup})
-
-
 def _run_folder(opened: project.Project, run: Path | None, resume: bool) -> Path:
     if run is not None:
         return run
@@ -294,6 +308,9 @@ def _run_folder(opened: project.Project, run: Path | None, resume: bool) -> Path
 
 def _finished(opened: project.Project, run: Path | None) -> Path:
     folder = run if run is not None else api.last_run(opened.folder / RUNS)
+    if (folder / "curve.json").exists():
+        parts = sorted(p.parent.name for p in folder.glob("*/recipe.json"))
+        raise UsageError(f"{folder} holds a run for each budget ({', '.join(parts)}): name one with --run {folder}/...")
     if not (folder / "recipe.json").exists():
         raise UsageError(f"{folder} holds no finished run; go on with `edgeprune compress --resume`")
     return folder

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from ..inspection import Inspection
     from ..pipeline import Outcome
     from ..profiling import Profile
-    from ..records import NetworkCheck
+    from ..records import NetworkCheck, VerifyReport
+    from ..series import Series
 
 SHOWN = 12  # rows of a long list
 
@@ -117,29 +118,60 @@ def profile(found: Profile) -> None:
 
 def finished(outcome: Outcome, page: Path, as_json: bool) -> None:
     """The verdict; raises MissedError when the network did not pass."""
-    report = outcome.report
-    checks = verify.verdict(report)
-    if as_json:
-        content = {
-            "passed": verify.passed(report),
-            "checks": checks,
-            "report": report,
-            "run": outcome.run.folder,
-            "page": page,
-        }
-        print(json.dumps(files.plain(content)))
-    else:
-        _networks(report.dense, report.pruned, report.speedup)
-        for check in checks:
-            print(f"{'pass' if check.passed else 'MISS'}  {check.name}: {check.text}")
-        low, high = report.speedup_low, report.speedup_high
-        print(f"speed-up {report.speedup:.2f}x (95 % interval {low:.2f} to {high:.2f})")
-        for note in report.notes:
-            print(f"note: {note}")
-        print(f"report: {page}")
-    missed = [check for check in checks if not check.passed]
-    if missed:
-        raise MissedError("; ".join(f"{check.name}: {check.text}" for check in missed))
+    result(verdict(outcome, page), as_json, lambda _: _finished(outcome, page))
+    if problems := missed(outcome):
+        raise MissedError("; ".join(problems))
+
+
+def verdict(outcome: Outcome, page: Path) -> dict[str, Any]:
+    """A finished run for programs."""
+    others = [{"target": name, **_checked(report)} for name, report in outcome.others]
+    return {**_checked(outcome.report), "run": outcome.run.folder, "page": page, "others": others}
+
+
+def _checked(report: VerifyReport) -> dict[str, Any]:
+    return {"passed": verify.passed(report), "checks": verify.verdict(report), "report": report}
+
+
+def missed(outcome: Outcome) -> list[str]:
+    """What the network did not keep, on all its targets."""
+    reports = [("", outcome.report), *((f"{name}: ", report) for name, report in outcome.others)]
+    return [f"{at}{c.name}: {c.text}" for at, report in reports for c in verify.verdict(report) if not c.passed]
+
+
+def _finished(outcome: Outcome, page: Path) -> None:
+    _report(outcome.report)
+    for name, report in outcome.others:
+        print(f"\non {name}:")
+        _report(report)
+    print(f"report: {page}")
+
+
+def _report(report: VerifyReport) -> None:
+    _networks(report.dense, report.pruned, report.speedup)
+    for check in verify.verdict(report):
+        print(f"{'pass' if check.passed else 'MISS'}  {check.name}: {check.text}")
+    low, high = report.speedup_low, report.speedup_high
+    print(f"speed-up {report.speedup:.2f}x (95 % interval {low:.2f} to {high:.2f})")
+    for note in report.notes:
+        print(f"note: {note}")
+
+
+def series(found: Series) -> None:
+    """One row for each budget."""
+    table = Table("budget", "measured ms", "accuracy", "score kept", "kept by itself", "", "run")
+    for point, outcome in zip(found.curve, found.outcomes, strict=True):
+        pruned = outcome.report.pruned
+        table.add_row(
+            f"{point.budget_ms:.4g} ms",
+            f"{pruned.latency.median_ms:.4g}",
+            "" if pruned.accuracy is None else f"{pruned.accuracy.value:.2%}",
+            f"{point.kept:.2%}",
+            f"{point.alone:.2%}",
+            "pass" if verify.passed(outcome.report) else "MISS",
+            str(outcome.run.folder),
+        )
+    _console().print(table)
 
 
 def _networks(dense: NetworkCheck, pruned: NetworkCheck, speedup: float) -> None:

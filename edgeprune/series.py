@@ -1,0 +1,129 @@
+"""Several budgets, one after the other: each network keeps a subset of the channels of the one before.
+
+The folder of a series holds `curve.json`, what each budget is worth, known before any training, and one whole run for
+each budget (`8ms/`, `6ms/`), which is reported, verified, exported and installed like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from . import allocate, budgets, importance, pipeline, planning
+from .allocate import Costs
+from .errors import RunError
+from .graph import Example, trace
+from .importance import Importance
+from .pipeline import Asked, Outcome
+from .planning import Bench
+from .runs import Run
+from .store import Store
+from .target import Target
+from .task import Task
+from .watch import Watch
+
+CURVE = "edgeprune.curve/1"
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one budget is worth: shares of the dense network's summed score."""
+
+    budget_ms: float
+    predicted_ms: float
+    kept: float  # within the channels of the budget before
+    alone: float  # the most that this budget could keep by itself
+    gap: float
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    run: Run
+    curve: tuple[Point, ...]
+    outcomes: tuple[Outcome, ...]
+
+
+def compress(
+    model: nn.Module,
+    example: Example,
+    target: Target,
+    task: Task,
+    asked: Sequence[Asked],
+    run: Run,
+    store: Store,
+    watch: Watch,
+    resume: bool = False,
+) -> Series:
+    """Prune `model` to each budget in turn, starting each from the network before.
+
+    Args:
+        asked: the same but for the budget, loosest first.
+        run: the folder of the series.
+        resume: go on in a folder that holds this series already.
+        model, example, target, task, store, watch: see `pipeline.compress`.
+    Raises:
+        UnreachableBudget: before any training, when one of the budgets cannot be reached.
+        RunError: the folder holds something else.
+    """
+    if run.folder.exists() and any(run.folder.iterdir()) and not (resume and run.has("preflight.json")):
+        raise RunError(f"{run.folder} is not empty; go on with --resume, or give another folder with --run")
+    curve = _planned(model, example, target, task, asked, run, store, watch)
+    outcomes: list[Outcome] = []
+    for one in asked:
+        part = Run(run.path(budgets.label(one.budget)))
+        watch.say(f"budget {budgets.label(one.budget)}: {part.folder}")
+        before = outcomes[-1].run if outcomes else None
+        outcomes.append(
+            pipeline.compress(
+                model, example, target, task, one, part, store, watch, resume, within=before, measured=run
+            )
+        )
+    return Series(run, curve, tuple(outcomes))
+
+
+def _planned(
+    model: nn.Module,
+    example: Example,
+    target: Target,
+    task: Task,
+    asked: Sequence[Asked],
+    run: Run,
+    store: Store,
+    watch: Watch,
+) -> tuple[Point, ...]:
+    """Check every budget against the floor, and solve all of them."""
+    first = asked[0]
+    graph = trace(model, example, first.protected)
+    costs = pipeline.latency_costs(graph, target, first, store, run, watch)
+    scores = importance.score(model, graph.groups, first.importance, task.batches(), first.seed)
+    bench = Bench(model, graph, target, run.folder)
+    start, costs = planning.preflight(bench, costs, scores, run, watch, first.seed)
+    wanted = [planning.check_budget(one.budget, start) for one in asked]
+    found = curve(costs, scores, first.strategy, wanted, first.seed)
+    run.write("curve.json", CURVE, {"dense_ms": start.dense_ms, "floor_ms": start.floor.measured_ms, "points": found})
+    for point in found:
+        watch.say(f"{point.budget_ms:.4g} ms keeps {point.kept:.2%} of the score ({point.alone:.2%} by itself)")
+    return found
+
+
+def curve(costs: Costs, scores: Importance, strategy: str, budgets_ms: Sequence[float], seed: int) -> tuple[Point, ...]:
+    """Nested plans, each solved within the widths of the one before, and what each budget could keep by itself.
+
+    Args:
+        costs: of the network on its device.
+        scores: group -> (width,).
+        strategy: see `allocate.allocate`.
+        budgets_ms: descending.
+        seed: for "random".
+    """
+    whole = sum(float(s.sum()) for s in scores.values())
+    points, left = [], costs
+    for budget_ms in budgets_ms:
+        plan = allocate.allocate(strategy, left, scores, budget_ms, seed)
+        alone = plan if left is costs else allocate.allocate(strategy, costs, scores, budget_ms, seed)
+        left = allocate.at_most(costs, plan.widths)
+        best = max(plan.value, alone.value)  # both are within the gap of their optimum
+        points.append(Point(budget_ms, plan.predicted_ms, plan.value / whole, best / whole, plan.gap))
+    return tuple(points)
