@@ -141,6 +141,17 @@ def pooled(timings: Sequence[Timing]) -> Timing:
     return Timing(median, p10, p90, sum(t.runs for t in timings), tuple(samples))
 
 
+def spread(timings: Sequence[Timing], copies: int = COPIES) -> float:
+    """How far the medians of copies of one network lie apart: their relative standard deviation over all networks.
+
+    Args:
+        timings: as `time_networks` pools them: the copies' visits take turns.
+        copies: of each network.
+    """
+    medians = np.array([[np.median(t.samples_ms[at::copies]) for at in range(copies)] for t in timings])
+    return float(np.sqrt((medians.var(axis=1, ddof=1) / medians.mean(axis=1) ** 2).mean()))
+
+
 def calibrate(costs_: Costs, networks: Sequence[tuple[Mapping[str, int], float]]) -> tuple[Costs, Correction]:
     """Fit the table's correction on whole networks: (units kept, measured ms) each."""
     present = [costs_.present(units) for units, _ in networks]

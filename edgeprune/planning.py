@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from torch import nn
 
 from . import allocate, importance, measure, surgery
@@ -30,8 +29,8 @@ PREFLIGHT = "edgeprune.preflight/1"
 SAMPLES = 4  # networks between the floor and the dense one that calibrate the prediction
 TRIES = 6
 UNUSED = 0.03  # of a budget, at most: a plan further below it is improved
-MARGIN = 0.015  # aimed under the budget: the middle of what is neither over it nor far below
-CLOSE = 0.0075  # to either end of that: what the next measurement of the same network may differ by
+CLOSE = 0.0075  # a plan is this far under its budget, at least: what its next measurement may differ by ...
+NOISY = 2.0  # ... or this many times the spread between copies of a network, where that is more
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Preflight:
     """What the device can do, known before any training."""
 
     dense_ms: float
-    noise: float  # relative difference of two halves of the dense network's samples
+    noise: float  # relative spread between copies of one network, see measure.spread
     floor: Measured
     networks: tuple[Measured, ...]
 
@@ -93,9 +92,7 @@ class Bench:
     def timed(self, artifacts: Sequence[Artifact]) -> list[float]:
         dense, *cut = measure.time_networks([self.dense, *artifacts], self.target)
         if not self.reference_ms:
-            self.reference_ms = dense.median_ms
-            halves = np.median(dense.samples_ms[::2]), np.median(dense.samples_ms[1::2])
-            self.noise = float(abs(halves[0] / halves[1] - 1))
+            self.reference_ms, self.noise = dense.median_ms, measure.spread([dense, *cut])
         return [timing.median_ms * self.reference_ms / dense.median_ms for timing in cut]
 
 
@@ -170,12 +167,14 @@ def meet(
     """
     tries: list[Try] = []
     bias = [1.0] * len(aims)
+    near = max(CLOSE, NOISY * max(aim.bench.noise for aim in aims))
+    window = (near, max(UNUSED - CLOSE, 2 * near))  # how far under its budget a plan may be measured
     with watch.stage("find a plan that holds on the device") as progress:
         for attempt in range(TRIES):
             progress(attempt, TRIES)
-            budgets = [aim.wanted_ms * (1 - MARGIN) / b for aim, b in zip(aims, bias, strict=True)]
+            budgets = [aim.wanted_ms * (1 - sum(window) / 2) / b for aim, b in zip(aims, bias, strict=True)]
             plan = within_reach(aims, scores, strategy, budgets, seed, size_bytes)
-            tries.append(_tried(plan, aims, importance.best(scores, plan.widths), size_bytes))
+            tries.append(_tried(plan, aims, importance.best(scores, plan.widths), size_bytes, window))
             if tries[-1].enough or (attempt and tries[-1].plan.widths == tries[-2].plan.widths):
                 break  # or the widths on offer have no plan between
             bias = [ms / aim.costs.predict_ms(plan.widths) for ms, aim in zip(tries[-1].each_ms, aims, strict=True)]
@@ -202,13 +201,13 @@ class Try:
     enough: bool  # it fits, and one of the budgets is used up
 
 
-def _tried(plan: Plan, aims: Sequence[Aim], keep: Keep, size_bytes: float | None) -> Try:
+def _tried(plan: Plan, aims: Sequence[Aim], keep: Keep, size_bytes: float | None, window: tuple[float, float]) -> Try:
     measured = [_confirmed(aim.bench, keep, aim.wanted_ms) for aim in aims]
     each_ms, size = tuple(ms for ms, _ in measured), measured[0][1]
     used = max(_shares(each_ms, aims))
-    fits = used <= 1 - CLOSE and (size_bytes is None or size <= size_bytes)
+    fits = used <= 1 - window[0] and (size_bytes is None or size <= size_bytes)
     full = size_bytes is not None and size >= size_bytes * (1 - UNUSED)
-    return Try(plan, keep, each_ms, size, fits, fits and (full or used >= 1 - UNUSED + CLOSE))
+    return Try(plan, keep, each_ms, size, fits, fits and (full or used >= 1 - window[1]))
 
 
 def _shares(each_ms: Sequence[float], aims: Sequence[Aim]) -> list[float]:
