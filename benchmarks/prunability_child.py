@@ -1,4 +1,7 @@
-"""What one child process of the prunability benchmark does: one network, by edgeprune or by Torch-Pruning."""
+"""What the child processes of the prunability benchmark do: one network, by edgeprune or by Torch-Pruning.
+
+Seconds are processor seconds of one thread: other work on the machine does not count.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from collections import Counter
 from typing import Any
 
 import torch
-from prunability_models import Case, build
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -17,15 +19,17 @@ from edgeprune import proof, surgery
 from edgeprune.graph import ModelGraph, as_call, trace
 
 
-def edgeprune_on(case: Case, sample: int | None) -> dict[str, Any]:
+CHECK_S = 2.0  # as many groups are cut one by one as fit: each costs about as much as tracing and cutting
+LARGEST_SAMPLE = 8
+
+
+def edgeprune_on(model: nn.Module, example: Any, all_groups: bool) -> dict[str, Any]:
     """Trace, cut half of every group, and compare cut networks with masked ones."""
-    warnings.simplefilter("ignore")
-    model, example = build(case)
-    began = time.perf_counter()
+    began = time.process_time()
     graph = trace(model, example)
-    traced = time.perf_counter()
+    traced = time.process_time()
     cut = surgery.cut(model, graph, {g.id: tuple(range((g.width + 1) // 2)) for g in graph.groups})
-    done = time.perf_counter()
+    done = time.process_time()
     found = {
         "params": graph.total_params,
         "input": [list(leaf.shape) for leaf in tree_leaves(example) if isinstance(leaf, Tensor)],
@@ -39,7 +43,8 @@ def edgeprune_on(case: Case, sample: int | None) -> dict[str, Any]:
         "params_cut": sum(p.numel() for p in cut.parameters()),
     }
     del cut
-    proved = proof.check(model, example, sample=sample)
+    sample = None if all_groups else max(1, min(LARGEST_SAMPLE, int(CHECK_S / (done - began))))
+    proved = proof.check(model, example, sample=sample, dtype=torch.float64 if all_groups else torch.float32)
     return found | {
         "deviation": proved.max_deviation,
         "worst": proved.worst,
@@ -58,12 +63,10 @@ def _reasons(graph: ModelGraph) -> list[list[Any]]:
     return [[channels, reason] for reason, channels in counts.most_common(4)]
 
 
-def torch_pruning_on(case: Case) -> dict[str, Any]:
+def torch_pruning_on(model: nn.Module, example: Any) -> dict[str, Any]:
     """Torch-Pruning with random importance at ratio 0.5, told which layers make the outputs and the heads there are."""
     import torch_pruning as tp
 
-    warnings.simplefilter("ignore")
-    model, example = build(case)
     makers = _output_layers(model, example)
     args, kwargs = as_call(example)
     inputs = args[0] if len(args) == 1 and not kwargs else (args or kwargs)
@@ -71,13 +74,13 @@ def torch_pruning_on(case: Case) -> dict[str, Any]:
     heads = {m.qkv: m.num_heads for m in model.modules() if hasattr(m, "qkv") and hasattr(m, "num_heads")}
     heads = {m: n for m, n in heads.items() if isinstance(m, nn.Linear)}
     vit = type(model).__name__ == "VisionTransformer" and hasattr(model, "conv_proj")
-    began = time.perf_counter()
+    began = time.process_time()
     pruner = tp.pruner.BasePruner(
         model, inputs, tp.importance.RandomImportance(), pruning_ratio=0.5, ignored_layers=makers, num_heads=heads,
         round_to=model.encoder.layers[0].num_heads if vit else None,
     )  # fmt: skip
     pruner.step()
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     if vit:  # as its own benchmark does
         model.hidden_dim = model.conv_proj.out_channels
     after = sum(p.numel() for p in model.parameters())
@@ -102,10 +105,10 @@ def _shapes(model: nn.Module, example: Any) -> list[tuple[int, ...]]:
     return [tuple(t.shape) for t in proof.outputs(model, example)]
 
 
-def run(tool: str, case: Case, sample: int | None) -> dict[str, Any]:
+def run(tool: str, model: nn.Module, example: Any, all_groups: bool) -> dict[str, Any]:
     """Everything about one network by one tool; what it raises becomes the result "crash"."""
-    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     try:
-        return edgeprune_on(case, sample) if tool == "edgeprune" else torch_pruning_on(case)
+        return edgeprune_on(model, example, all_groups) if tool == "edgeprune" else torch_pruning_on(model, example)
     except Exception as error:  # the benchmark records whatever a tool does
         return {"outcome": "crash", "error": f"{type(error).__name__}: {error}"[:300]}

@@ -13,10 +13,11 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from . import surgery
 from .graph import Example, ModelGraph, as_call, trace
-from .records import Keep, Progress
+from .records import ChannelGroup, Keep, Progress
 
 TOLERANCE = 1e-5  # of the largest output: the cut network against the masked one
 VISIBLE = 1e-9  # of the largest output: a cut that changes less than this proves nothing
+ROUNDING = 2e-6  # of the largest output: more than this in float32 is looked at again in float64
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,12 @@ def check(
     frozen: Sequence[str] = (),
     sample: int | None = None,
     progress: Progress | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Proof:
-    """Cut a random half of every exact group, one by one and all together, and drop every block, in float64.
+    """Cut a random half of every exact group, one by one and all together, and drop every block.
 
-    Inexact groups have no oracle: they are cut together with all others and must give outputs of the same shapes.
+    Inexact groups have no oracle: they are cut together with all others and must give finite outputs of the same
+    shapes.
 
     Args:
         model: any module; it is not changed. Its batch-norm statistics are made random in a copy.
@@ -48,33 +51,59 @@ def check(
         frozen: modules whose channels must stay.
         sample: groups, and blocks, that are cut one by one, drawn at random; default all.
         progress: told (cuts checked, of).
+        dtype: float64, or float32 with float64 only where float32 may be the limit.
     """
-    exact = randomised(copy.deepcopy(model).double().eval())
-    inputs = tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, example)
-    graph = trace(exact, inputs, frozen)
-    halves, tries = _tries(graph, sample)
-    dense = outputs(exact, inputs)
+    subject = _subject(model, example, frozen, dtype)
+    exact = [g for g in subject.graph.groups if not g.inexact]
+    tries = _tries(subject.graph, exact, sample)
     worst, largest, blind = "", 0.0, []
     for at, (name, keep) in enumerate(tries):
-        masked = outputs(surgery.mask(exact, graph, keep), inputs)
-        found = difference(masked, outputs(surgery.cut(exact, graph, keep), inputs))
-        if not found < largest:  # a NaN is worse than any number
-            worst, largest = name, found if found == found else float("inf")
-        if difference(dense, masked) < VISIBLE:
+        found, effect = _compare(subject, keep)
+        if dtype != torch.float64 and not found < ROUNDING:
+            found, effect = _compare(_subject(model, example, frozen, torch.float64), keep)
+        if not found < largest:
+            worst, largest = name, found
+        if effect < VISIBLE:
             blind.append(name)
         if progress is not None:
             progress(at + 1, len(tries))
-    if not runs(exact, graph, {g.id: tuple(range((g.width + 1) // 2)) for g in graph.groups}, inputs):
-        worst, largest = "inexact groups", float("inf")
+    if not runs(subject.model, subject.graph, _first_halves(subject.graph), subject.example):
+        worst, largest = "all groups together, inexact ones too", float("inf")
     blocks = sum(1 for name, _ in tries if name.startswith("block "))
-    checked = len(tries) - blocks - (1 if halves else 0)
-    return Proof(largest, worst, checked, len(halves), blocks, tuple(blind))
+    return Proof(largest, worst, len(tries) - blocks - bool(exact), len(exact), blocks, tuple(blind))
 
 
-def _tries(graph: ModelGraph, sample: int | None) -> tuple[dict[str, tuple[int, ...]], list[tuple[str, Keep]]]:
-    """The units to keep of each exact group, and everything that is cut in turn."""
+@dataclass(frozen=True, eq=False)
+class _Subject:
+    """The network as it is checked: a copy with random statistics, its groups, and what it gives uncut."""
+
+    model: nn.Module
+    example: Example
+    graph: ModelGraph
+    dense: list[Tensor]
+
+
+def _subject(model: nn.Module, example: Example, frozen: Sequence[str], dtype: torch.dtype) -> _Subject:
+    ready = randomised(copy.deepcopy(model).to(dtype).eval())
+    inputs = tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, example)
+    return _Subject(ready, inputs, trace(ready, inputs, frozen), outputs(ready, inputs))
+
+
+def _compare(subject: _Subject, keep: Keep) -> tuple[float, float]:
+    """(difference of the cut from the masked network, of the masked from the dense one); NaN counts as infinite."""
+    masked = outputs(surgery.mask(subject.model, subject.graph, keep), subject.example)
+    cut = outputs(surgery.cut(subject.model, subject.graph, keep), subject.example)
+    found = difference(masked, cut)
+    return found if found == found else float("inf"), difference(subject.dense, masked)
+
+
+def _first_halves(graph: ModelGraph) -> Keep:
+    return {g.id: tuple(range((g.width + 1) // 2)) for g in graph.groups}
+
+
+def _tries(graph: ModelGraph, exact: Sequence[ChannelGroup], sample: int | None) -> list[tuple[str, Keep]]:
+    """Everything that is cut in turn, with its name."""
     draw = random.Random(0)
-    exact = [g for g in graph.groups if not g.inexact]
     halves = {g.id: tuple(sorted(draw.sample(range(g.width), g.width - g.width // 2))) for g in exact}
     singles: list[tuple[str, Keep]] = [(group, {group: keep}) for group, keep in halves.items()]
     blocks: list[tuple[str, Keep]] = [(f"block {b.id}", dict.fromkeys(b.groups, ())) for b in graph.blocks]
@@ -82,7 +111,7 @@ def _tries(graph: ModelGraph, sample: int | None) -> tuple[dict[str, tuple[int, 
         singles = draw.sample(singles, min(sample, len(singles)))
         blocks = draw.sample(blocks, min(sample, len(blocks)))
     together: list[tuple[str, Keep]] = [("all groups together", halves)] if halves else []
-    return halves, [*singles, *together, *blocks]
+    return [*singles, *together, *blocks]
 
 
 @torch.no_grad()

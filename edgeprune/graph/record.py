@@ -8,7 +8,6 @@ without a rule of their own are decomposed on the spot.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import TraceError
+from .copies import without_weights
 
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -34,6 +34,17 @@ class Ref:
     """Stands for value number `value` in the arguments of an operator."""
 
     value: int
+
+
+def refs_in(tree: Any) -> list[Ref]:
+    """All references in a tree of arguments, in order."""
+    if isinstance(tree, Ref):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (list, tuple)):
+        return []
+    return [ref for item in tree for ref in refs_in(item)]
 
 
 @dataclass(frozen=True)
@@ -93,18 +104,6 @@ def as_call(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, Mapping):
         return (), dict(example)
     return tuple(example), {}
-
-
-def without_weights(model: nn.Module) -> nn.Module:
-    """A copy of the modules that shares every parameter and owns its buffers: cheap, and safe to run."""
-    memo: dict[int, Any] = {id(p): p for p in model.parameters()}
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:  # a user's module may hold anything
-        raise TraceError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); edgeprune never changes "
-            "your model, it works on copies. Remove what cannot be copied (open files, locks, cached tensors)."
-        ) from error
 
 
 def record(
@@ -220,6 +219,14 @@ class _Recorder(TorchDispatchMode):
         return int(number)
 
     def _refs(self, tree: Any) -> Any:
+        if isinstance(tree, Tensor):
+            return Ref(self._number(tree))
+        if type(tree) in (tuple, list):
+            return type(tree)([self._refs(item) for item in tree])
+        if type(tree) is dict:
+            return {key: self._refs(item) for key, item in tree.items()}
+        if isinstance(tree, (int, float, str, type(None))):
+            return tree
         return tree_map(lambda leaf: Ref(self._number(leaf)) if isinstance(leaf, Tensor) else leaf, tree)
 
     # -- modules ---------------------------------------------------------------------------------------------
@@ -261,15 +268,14 @@ class _Recorder(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         call_args, call_kwargs = self._refs(args), self._refs(kwargs)
-        tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
-        from_input = any(self.recording.values[self._number(t)].from_input for t in tensors)
+        from_input = any(self.recording.values[ref.value].from_input for ref in refs_in((call_args, call_kwargs)))
         if func._schema.name in READS_DATA and from_input:
             self.recording.reads[len(self.recording.ops)] = _users_line()
         aliases = _writes_to_view(func, args)
         result = func(*args, **kwargs)
+        leaves = [result] if isinstance(result, Tensor) else tree_flatten(result)[0]
         outputs = tuple(
-            self._new(leaf, "op", from_input=from_input) if isinstance(leaf, Tensor) else -1
-            for leaf in tree_flatten(result)[0]
+            self._new(leaf, "op", from_input=from_input) if isinstance(leaf, Tensor) else -1 for leaf in leaves
         )
         module = self._stack[-1][0] if self._stack else ""
         self.recording.ops.append(Op(func, call_args, call_kwargs, outputs, module, aliases))

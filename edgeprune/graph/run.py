@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .labels import FIXED, Label, Labels, Ledger, Shape
-from .record import Op, Recording, Ref, Value
+from .record import Op, Recording, Ref, Value, refs_in
 
 
 @dataclass(frozen=True)
@@ -86,21 +86,7 @@ def arguments(op: Op) -> dict[str, Any]:
 
 def refs(op: Op) -> list[Ref]:
     """All tensor operands, in order, those inside lists too."""
-    found: list[Ref] = []
-
-    def visit(item: Any) -> None:
-        if isinstance(item, Ref):
-            found.append(item)
-        elif isinstance(item, (list, tuple)):
-            for inner in item:
-                visit(inner)
-        elif isinstance(item, dict):
-            for inner in item.values():
-                visit(inner)
-
-    visit(op.args)
-    visit(op.kwargs)
-    return found
+    return refs_in((op.args, op.kwargs))
 
 
 def ids_along(label: Label | None, axis: int, size: int) -> Tensor:
