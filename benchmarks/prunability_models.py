@@ -165,14 +165,10 @@ class _Roi(nn.Module):
         self.box = nn.Sequential(heads.box_head)
         self.box_predictor = heads.box_predictor
         self.mask = nn.Sequential(heads.mask_head, heads.mask_predictor) if heads.has_mask() else None
-        self.keypoint = (
-            nn.Sequential(heads.keypoint_head, heads.keypoint_predictor) if heads.has_keypoint() else None
-        )
+        self.keypoint = nn.Sequential(heads.keypoint_head, heads.keypoint_predictor) if heads.has_keypoint() else None
 
     def forward(self, features: Tensor) -> list[Any]:
         found: list[Any] = [self.box_predictor(self.box(F.adaptive_avg_pool2d(features, 7)))]
         region = F.adaptive_avg_pool2d(features, 14)
         found += [head(region) for head in (self.mask, self.keypoint) if head is not None]
         return found
-
-

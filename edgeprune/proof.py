@@ -124,7 +124,7 @@ def randomised(model: nn.Module) -> nn.Module:
             assert isinstance(module.running_var, Tensor)
             module.running_var.uniform_(0.5, 1.5, generator=draw)
     for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter.numel() > 1 and float(parameter.std()) == 0:
+        if parameter.is_floating_point() and parameter.numel() > 1 and bool(parameter.min() == parameter.max()):
             parameter.add_(torch.randn(parameter.shape, generator=draw, dtype=torch.float32).to(parameter) * 0.1)
             parameter.add_(float(parameter.mean().abs() < 1e-3) * 0.5)
     return model

@@ -12,6 +12,7 @@ import dataclasses
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -70,6 +71,11 @@ class Op:
     module: str  # path of the innermost module that was running
     aliases: bool  # wrote into a view of another tensor
 
+    @cached_property
+    def refs(self) -> tuple[Ref, ...]:
+        """All tensor operands, in order, those inside lists too."""
+        return tuple(refs_in((self.args, self.kwargs)))
+
 
 @dataclass(frozen=True)
 class Call:
@@ -111,6 +117,7 @@ def record(
     example: Example,
     has_rule: Callable[[OpOverload[..., Any]], bool],
     training: bool = False,
+    owned: bool = False,
 ) -> Recording:
     """Run `model(example)` once and record it.
 
@@ -119,10 +126,11 @@ def record(
         example: one input (batch first): a tensor, a tuple of arguments, or a dict of keywords.
         has_rule: operators to keep as they are; composites without a rule are decomposed.
         training: record the training-mode forward (auxiliary heads, drop path).
+        owned: the module may be run itself rather than a copy; in evaluation mode already; its hooks are put back.
     Raises:
         TraceError: the forward pass failed; the message holds the error and the line.
     """
-    runner = without_weights(model).train(training)
+    runner = model if owned else without_weights(model).train(training)
     recorder = _Recorder(runner, has_rule, training)
     args, kwargs = as_call(example)
     with contextlib.ExitStack() as stack:
@@ -131,6 +139,7 @@ def record(
         stack.enter_context(torch.inference_mode())
         recorder.start(args, kwargs)
         stack.enter_context(recorder)
+        stack.callback(recorder.unhook)
         try:
             output = runner(*args, **kwargs)
         except Exception as error:
@@ -170,12 +179,13 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, model: nn.Module, has_rule: Callable[[OpOverload[..., Any]], bool], training: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.recording = Recording(training=training)
-        self.op_name = ""
+        self.op_name: Any = ""
         self._has_rule = has_rule
         self._numbers: Any = WeakIdKeyDictionary()
         self._keep: list[Tensor] = []  # constants stay alive so that their numbers stay theirs
         self._stack: list[tuple[str, int]] = []
         self._open_calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._hooks: list[Any] = []
         self._hook(model)
         named = [*model.named_parameters(), *model.named_buffers()]
         for name, tensor in named:
@@ -235,8 +245,12 @@ class _Recorder(TorchDispatchMode):
         for path, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue
-            module.register_forward_pre_hook(self._enter(path), with_kwargs=True)
-            module.register_forward_hook(self._leave, with_kwargs=True)
+            self._hooks.append(module.register_forward_pre_hook(self._enter(path), with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._leave, with_kwargs=True))
+
+    def unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def _enter(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -261,7 +275,7 @@ class _Recorder(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        self.op_name = str(func)
+        self.op_name = func
         if not self._has_rule(func) and func._can_decompose():
             with self:
                 result = func.decompose(*args, **kwargs)

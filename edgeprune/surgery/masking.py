@@ -49,7 +49,9 @@ def mask(model: nn.Module, graph: ModelGraph, keep: Keep) -> nn.Module:
 
 def _with_own(model: nn.Module, names: set[str]) -> nn.Module:
     """A copy that shares all parameters but the named ones; tied parameters stay tied."""
-    owned = {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for n, p in model.named_parameters() if n in names}
+    owned = {
+        id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for n, p in model.named_parameters() if n in names
+    }
     copied = without_weights(model)
     for part in copied.modules():
         for key, shared in list(part._parameters.items()):
