@@ -7,7 +7,7 @@
 
 Each network is built in a child process, and each tool works on it in a child of that, under a memory and a time limit.
 
-edgeprune: `trace`, and `cut` of half of every group (timed); then the oracle with random batch-norm statistics: a random
+edgeprune: `trace`, and `cut` of half of every group (timed); then the oracle, batch-norm statistics random: a random
 half of some exact groups one by one (the table says how many), of all exact groups together, and some residual blocks
 dropped, each against the masked dense network, in float32, and in float64 where they differ by more than 2e-6.
 

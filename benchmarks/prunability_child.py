@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 from edgeprune import proof, surgery
 from edgeprune.graph import ModelGraph, as_call, trace
 
-
 CHECK_S = 2.0  # as many groups are cut one by one as fit: each costs about as much as tracing and cutting
 LARGEST_SAMPLE = 8
 

@@ -1,3 +1,4 @@
+# ruff: noqa: SIM905  lists of names read better as text
 """The networks of the prunability benchmark: how each is built, and on what input it is run.
 
 Weights are random: coupling does not depend on them. Inputs are the smallest square images that a network takes, so

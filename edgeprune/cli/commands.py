@@ -97,8 +97,8 @@ def inspect(
     show.result(inspection.as_json(found), as_json, lambda _: show.inspection(found))
     if found.proof is not None and found.proof.max_deviation > proof.TOLERANCE:
         raise MissedError(
-            f"cutting {found.proof.worst} changes the output by {found.proof.max_deviation:.2g} of its largest value; freeze it "
-            "with --frozen, and please report this network"
+            f"cutting {found.proof.worst} changes the output by {found.proof.max_deviation:.2g} of its largest value; "
+            "freeze it with --frozen, and please report this network"
         )
 
 

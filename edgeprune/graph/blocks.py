@@ -6,10 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..records import Block, ChannelGroup, Layer
-from .record import Recording, Ref, refs_in
-from .rules import name_of
+from .record import Op, Recording, Ref, refs_in
+from .rules import name_of, pointwise, rule_for, zero_where
+from .run import Run, arguments
 
 LAYERS = ("conv", "linear")  # prefixes of the operators that make a branch worth dropping
+SUMS = ("conv", "linear")  # prefixes of products with something added
+SCALES = ("batch_norm", "instance_norm", "layer_norm", "rms_norm", "group_norm")
+NEVER_ZERO = ("softmax", "log_softmax", "logsumexp", "cumprod")  # of operands that are all zero
 
 
 @dataclass(frozen=True)
@@ -20,8 +24,9 @@ class Branch:
     sources: frozenset[int]
 
 
-def find(recording: Recording, groups: Sequence[ChannelGroup], layers: Sequence[Layer]) -> list[Block]:
+def find(run: Run, groups: Sequence[ChannelGroup], layers: Sequence[Layer]) -> list[Block]:
     """Additions of a branch to what it started from (or to a projection of it), outermost operand first."""
+    recording = run.recording
     readers = _readers(recording)
     blocks: list[Block] = []
     for at, op in enumerate(recording.ops):
@@ -30,7 +35,7 @@ def find(recording: Recording, groups: Sequence[ChannelGroup], layers: Sequence[
             continue
         branches = [_exclusive(recording, readers, at, ref) for ref in operands]
         dropped = _droppable(recording, operands, branches)
-        if dropped is None:
+        if dropped is None or not _vanishes(run, readers, branches[dropped], operands[dropped]):
             continue
         tensors = _state(recording, readers, branches[dropped])
         inside = [g.id for g in groups if all(m.tensor in tensors for m in g.members)]
@@ -99,6 +104,34 @@ def _droppable(recording: Recording, operands: Sequence[Ref], branches: Sequence
         if heavy and len(branches[here].sources) == 1 and branches[here].sources == from_there:
             candidates.append((heavy, here))
     return max(candidates)[1] if candidates else None
+
+
+def _vanishes(run: Run, readers: Mapping[int, set[int]], branch: Branch, operand: Ref) -> bool:
+    """Is the branch exactly zero when its own parameters are? Else the addition does more than the shortcut alone."""
+    zero = {run.recording.state[name] for name in _state(run.recording, readers, branch)}
+    for at in sorted(branch.ops):
+        op = run.recording.ops[at]
+        if _makes_zero(run, op, [ref.value in zero for ref in op.refs], zero):
+            zero.update(op.outputs)
+    return operand.value in zero
+
+
+def _makes_zero(run: Run, op: Op, flags: Sequence[bool], zero: set[int]) -> bool:
+    rule = rule_for(op.func)
+    if not flags or not any(flags):
+        return False
+    if rule is pointwise:
+        return zero_where(run, op, tuple(flags))
+    if all(flags):
+        return rule is not None and name_of(op.func) not in NEVER_ZERO
+    if name_of(op.func).startswith(SUMS):  # a zero factor is enough, but what is added has to be zero too
+        bias = arguments(op).get("bias")
+        return bias is None or bias.value in zero
+    if name_of(op.func) in SCALES:
+        a = arguments(op)
+        scales = [a["weight"], a.get("bias")]
+        return scales[0] is not None and all(ref is None or ref.value in zero for ref in scales)
+    return name_of(op.func) in ("matmul", "bmm")
 
 
 def _state(recording: Recording, readers: Mapping[int, set[int]], branch: Branch) -> set[str]:

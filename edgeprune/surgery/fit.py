@@ -131,9 +131,11 @@ def fits(module: nn.Module, graph: ModelGraph, rewriter: Rewriter) -> bool:
         recording = record(module.eval(), graph.example, has_rule, owned=True)
     except TraceError:
         return False
-    if len(recording.ops) != len(rewriter.recording.ops):
+    decision = min(rewriter.recording.reads, default=None)  # what follows is frozen, whichever way it goes
+    ops, dense_ops = recording.ops[:decision], rewriter.recording.ops[:decision]
+    if len(ops) != len(dense_ops):
         return False
-    for here, dense in zip(recording.ops, rewriter.recording.ops, strict=True):
+    for here, dense in zip(ops, dense_ops, strict=True):
         if here.func is not dense.func or not _same_arguments(here, dense, rewriter):
             return False
         for number, dense_number in zip(here.outputs, dense.outputs, strict=True):

@@ -216,6 +216,8 @@ class _Builder:
 
     def _operator(self, at: int, op: Op) -> None:
         name = name_of(op.func)
+        if at in self.recording.reads:
+            raise TraceError(_decides(type(self.root).__name__, self.recording.reads[at]))
         if at in self.shortcuts:
             self.nodes[op.outputs[0]] = self._node(self.shortcuts[at])
         elif name in ("dropout", "feature_dropout"):
@@ -286,6 +288,14 @@ class _Builder:
             return batch
         scaled = self.graph.call_function(operator.mul, (batch, size))
         return self.graph.call_function(operator.floordiv, (scaled, self.batch_size))
+
+
+def _decides(name: str, line: str) -> str:
+    return (
+        f"{name} has sizes written into its forward, so that only its recorded operators can be cut, and it decides on "
+        f"the data at {line}, which recorded operators cannot. Freeze the channels before that line with --frozen "
+        "MODULE, or move the decision out, into a wrapper around the network."
+    )
 
 
 def _leaves(tree: Any) -> list[Ref]:
