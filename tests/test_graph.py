@@ -9,7 +9,7 @@ import torch
 from nets import NETS, Auxiliary, Decides, Fixed, FusedAttention, OptionA, Recurrent, Shuffle, Stochastic, image
 from torch import Tensor, nn, optim
 
-from edgeprune import inspection, surgery
+from edgeprune import inspection, proof, surgery
 from edgeprune.errors import SurgeryError, TraceError
 from edgeprune.graph import trace
 
@@ -21,8 +21,8 @@ def test_every_group_can_be_cut_and_equals_the_masked_network(name: str) -> None
     make, example = NETS[name]
     torch.manual_seed(0)
     found = inspection.inspect(make().eval(), example, check=True)
-    assert found.max_deviation is not None
-    assert found.max_deviation < 1e-12, found.worst
+    assert found.proof is not None
+    assert found.proof.max_deviation < 1e-12, found.proof.worst
     graph = found.graph
     assert graph.prunable_weights >= PRUNABLE.get(name, 0.9) * graph.total_weights
     assert graph.groups
@@ -33,7 +33,7 @@ def test_the_oracle_notices_a_channel_that_is_cut_in_the_wrong_place(name: str) 
     """Swap two kept slices of one member: same shapes, wrong network."""
     make, example = NETS[name]
     torch.manual_seed(0)
-    model = inspection.randomised(make().double().eval())
+    model = proof.randomised(make().double().eval())
     example = example.double()
     graph = trace(model, example)
     group = max((g for g in graph.groups if not g.inexact), key=lambda g: g.width)
@@ -170,7 +170,7 @@ def test_outputs_keep_all_their_channels() -> None:
 
 
 def test_residual_blocks_are_found_and_dropped_whole() -> None:
-    model = inspection.randomised(OptionA().double().eval())
+    model = proof.randomised(OptionA().double().eval())
     graph = trace(model, image().double())
     assert [b.id for b in graph.blocks] == ["blocks.0", "blocks.1", "blocks.2"]
     cut = surgery.cut(model, graph, {"blocks.1.conv1": ()})

@@ -79,8 +79,8 @@ def inspection(found: Inspection) -> None:
     _console().print(tree)
     share, macs = graph.prunable_params / graph.total_params, graph.prunable_macs / max(graph.total_macs, 1)
     print(f"prunable: {share:.1%} of the parameters, {macs:.1%} of the MACs; traced in {found.seconds:.2f} s")
-    if found.max_deviation is not None:
-        print(f"largest deviation from the masked model: {found.max_deviation:.2g} (at {found.worst})")
+    if found.proof is not None:
+        print(f"largest deviation from the masked model: {found.proof.max_deviation:.2g} (at {found.proof.worst})")
 
 
 def _some(names: list[str], count: int = 4) -> str:

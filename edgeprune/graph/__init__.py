@@ -169,7 +169,7 @@ def _assemble(model: nn.Module, example: Example, run: Run, notes: list[str]) ->
         groups=tuple(groups),
         frozen=tuple(f for f in frozen if not f.reason.startswith(KERNEL)),
         layers=tuple(layers),
-        blocks=tuple(blocking.find(run.recording, groups, layers)),
+        blocks=tuple(blocking.find(run, groups, layers)),
         fingerprint=_fingerprint(groups, shapes),
         total_params=sum(int(np.prod(s)) for s in parameters.values()),
         prunable_params=sum(prunable[n] for n in parameters),

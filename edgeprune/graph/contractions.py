@@ -173,10 +173,14 @@ def product(run: Run, a: Operand, b: Operand) -> Operand:
     a_inner, a_others = single_along(run, a_labels, len(a_shape) - 1, mixed)
     b_inner, b_others = single_along(run, b_labels, len(b_shape) - 2, mixed)
     a_rest, b_rest = list(a_others), list(b_others)
-    inner = _contract(run, a_inner, b_inner, len(a_shape), len(b_shape))
-    if inner is not None:  # whole heads: what is left varies along batch axes, and both sides carry it
-        a_rest.append(inner)
-        b_rest.append(inner)
+    if a_inner is not None and b_inner is not None:
+        inner = _contract(run, a_inner, b_inner, len(a_shape), len(b_shape))
+        if inner is not None:  # whole heads: what is left varies along batch axes, and both sides carry it
+            a_rest.append(inner)
+            b_rest.append(inner)
+    else:  # one side sums over positions that stay: it can be cut along other axes only
+        a_rest += _stays_along(run, a_inner, len(a_shape) - 1)
+        b_rest += _stays_along(run, b_inner, len(b_shape) - 2)
     rows: Shape = (*a_shape[:-1], 1)
     columns: Shape = (*b_shape[:-2], 1, b_shape[-1])
     labels = run.ledger.merge(
@@ -196,14 +200,17 @@ def _separate(run: Run, labels: Labels, inner: int, outer: int, reason: str) -> 
     )
 
 
-def _contract(run: Run, a: Label | None, b: Label | None, a_ndim: int, b_ndim: int) -> Label | None:
+def _stays_along(run: Run, label: Label | None, axis: int) -> Labels:
+    """The label made alike along a contracted axis that the other side cannot give up."""
+    if label is None:
+        return ()
+    left = run.ledger.uniform(label, [axis], run.why("contracted with positions that cannot be removed"))
+    return () if left is None else (left,)
+
+
+def _contract(run: Run, a: Label, b: Label, a_ndim: int, b_ndim: int) -> Label | None:
     """Unite both operands' ids along the contracted axis; returns what varies along batch axes, if anything."""
-    if a is None and b is None:
-        return None
     reason = run.why("contracted with positions that cannot be removed")
-    if a is None or b is None:
-        run.ledger.freeze((a or b).ids, reason)  # type: ignore[union-attr]
-        return None
     ndim = max(a_ndim, b_ndim)
     left = _widen(a, ndim)
     right = _widen(b.on(b.ids.transpose(-1, -2)), ndim)

@@ -12,7 +12,7 @@ from ..records import Layer, LayerShape, Width
 from .labels import along
 from .record import Op, Ref
 from .rules import name_of
-from .run import Run, arguments, ids_along, refs
+from .run import Run, arguments, ids_along
 
 WidthOf = Callable[[NDArray[np.int64]], Width]  # ids along an axis -> how many stay under a plan
 
@@ -51,7 +51,7 @@ def _consumers(run: Run) -> dict[int, list[int]]:
     """Which operators read each value."""
     found: dict[int, list[int]] = {}
     for at, op in enumerate(run.recording.ops):
-        for ref in refs(op):
+        for ref in op.refs:
             found.setdefault(ref.value, []).append(at)
     return found
 
@@ -67,7 +67,7 @@ def _follow(run: Run, at: int, consumers: dict[int, list[int]], fused: set[int])
         same_shape = run.recording.values[op.outputs[0]].shape == run.recording.values[value].shape
         if name == "batch_norm" and not chain:
             pass
-        elif name == "add" and len(refs(op)) == 2 and "add" not in chain and same_shape:
+        elif name == "add" and len(op.refs) == 2 and "add" not in chain and same_shape:
             if at in fused:
                 break
             chain.append("add")
@@ -137,7 +137,7 @@ def _linear(run: Run, op: Op, width_of: WidthOf, chain: tuple[str, ...]) -> Laye
 def _between(run: Run, op: Op, name: str, width_of: WidthOf) -> Layer | None:
     """Pooling, unfused normalisation, activation or addition over (N, C, H, W): cheap, but not free."""
     kind = POOLS.get(name) or {"batch_norm": "scale", "add": "add", "mul": "mul"}.get(name) or ACTIVATIONS.get(name)
-    operands = refs(op)
+    operands = op.refs
     if kind is None or not operands or not op.outputs or op.outputs[0] < 0:
         return None
     x = run.shape(operands[0])

@@ -8,11 +8,11 @@ without a rule of their own are decomposed on the spot.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import TraceError
+from .copies import without_weights
 
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -34,6 +35,17 @@ class Ref:
     """Stands for value number `value` in the arguments of an operator."""
 
     value: int
+
+
+def refs_in(tree: Any) -> list[Ref]:
+    """All references in a tree of arguments, in order."""
+    if isinstance(tree, Ref):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (list, tuple)):
+        return []
+    return [ref for item in tree for ref in refs_in(item)]
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,11 @@ class Op:
     outputs: tuple[int, ...]  # value numbers, -1 for an output that is no tensor
     module: str  # path of the innermost module that was running
     aliases: bool  # wrote into a view of another tensor
+
+    @cached_property
+    def refs(self) -> tuple[Ref, ...]:
+        """All tensor operands, in order, those inside lists too."""
+        return tuple(refs_in((self.args, self.kwargs)))
 
 
 @dataclass(frozen=True)
@@ -95,23 +112,12 @@ def as_call(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(example), {}
 
 
-def without_weights(model: nn.Module) -> nn.Module:
-    """A copy of the modules that shares every parameter and owns its buffers: cheap, and safe to run."""
-    memo: dict[int, Any] = {id(p): p for p in model.parameters()}
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:  # a user's module may hold anything
-        raise TraceError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); edgeprune never changes "
-            "your model, it works on copies. Remove what cannot be copied (open files, locks, cached tensors)."
-        ) from error
-
-
 def record(
     model: nn.Module,
     example: Example,
     has_rule: Callable[[OpOverload[..., Any]], bool],
     training: bool = False,
+    owned: bool = False,
 ) -> Recording:
     """Run `model(example)` once and record it.
 
@@ -120,10 +126,11 @@ def record(
         example: one input (batch first): a tensor, a tuple of arguments, or a dict of keywords.
         has_rule: operators to keep as they are; composites without a rule are decomposed.
         training: record the training-mode forward (auxiliary heads, drop path).
+        owned: the module may be run itself rather than a copy; in evaluation mode already; its hooks are put back.
     Raises:
         TraceError: the forward pass failed; the message holds the error and the line.
     """
-    runner = without_weights(model).train(training)
+    runner = model if owned else without_weights(model).train(training)
     recorder = _Recorder(runner, has_rule, training)
     args, kwargs = as_call(example)
     with contextlib.ExitStack() as stack:
@@ -132,6 +139,7 @@ def record(
         stack.enter_context(torch.inference_mode())
         recorder.start(args, kwargs)
         stack.enter_context(recorder)
+        stack.callback(recorder.unhook)
         try:
             output = runner(*args, **kwargs)
         except Exception as error:
@@ -171,12 +179,13 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, model: nn.Module, has_rule: Callable[[OpOverload[..., Any]], bool], training: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.recording = Recording(training=training)
-        self.op_name = ""
+        self.op_name: Any = ""
         self._has_rule = has_rule
         self._numbers: Any = WeakIdKeyDictionary()
         self._keep: list[Tensor] = []  # constants stay alive so that their numbers stay theirs
         self._stack: list[tuple[str, int]] = []
         self._open_calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._hooks: list[Any] = []
         self._hook(model)
         named = [*model.named_parameters(), *model.named_buffers()]
         for name, tensor in named:
@@ -220,6 +229,14 @@ class _Recorder(TorchDispatchMode):
         return int(number)
 
     def _refs(self, tree: Any) -> Any:
+        if isinstance(tree, Tensor):
+            return Ref(self._number(tree))
+        if type(tree) in (tuple, list):
+            return type(tree)([self._refs(item) for item in tree])
+        if type(tree) is dict:
+            return {key: self._refs(item) for key, item in tree.items()}
+        if isinstance(tree, (int, float, str, type(None))):
+            return tree
         return tree_map(lambda leaf: Ref(self._number(leaf)) if isinstance(leaf, Tensor) else leaf, tree)
 
     # -- modules ---------------------------------------------------------------------------------------------
@@ -228,8 +245,12 @@ class _Recorder(TorchDispatchMode):
         for path, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue
-            module.register_forward_pre_hook(self._enter(path), with_kwargs=True)
-            module.register_forward_hook(self._leave, with_kwargs=True)
+            self._hooks.append(module.register_forward_pre_hook(self._enter(path), with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._leave, with_kwargs=True))
+
+    def unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def _enter(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -254,22 +275,21 @@ class _Recorder(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        self.op_name = str(func)
+        self.op_name = func
         if not self._has_rule(func) and func._can_decompose():
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         call_args, call_kwargs = self._refs(args), self._refs(kwargs)
-        tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
-        from_input = any(self.recording.values[self._number(t)].from_input for t in tensors)
+        from_input = any(self.recording.values[ref.value].from_input for ref in refs_in((call_args, call_kwargs)))
         if func._schema.name in READS_DATA and from_input:
             self.recording.reads[len(self.recording.ops)] = _users_line()
         aliases = _writes_to_view(func, args)
         result = func(*args, **kwargs)
+        leaves = [result] if isinstance(result, Tensor) else tree_flatten(result)[0]
         outputs = tuple(
-            self._new(leaf, "op", from_input=from_input) if isinstance(leaf, Tensor) else -1
-            for leaf in tree_flatten(result)[0]
+            self._new(leaf, "op", from_input=from_input) if isinstance(leaf, Tensor) else -1 for leaf in leaves
         )
         module = self._stack[-1][0] if self._stack else ""
         self.recording.ops.append(Op(func, call_args, call_kwargs, outputs, module, aliases))

@@ -13,14 +13,14 @@ from torch.utils._pytree import tree_map
 from . import contractions, norms, structure
 from .labels import Labels
 from .record import Op, Ref
-from .run import Run, refs
+from .run import Run
 
 Rule = Callable[[Run, Op], list[Labels]]
 
 
 def pointwise(run: Run, op: Op) -> list[Labels]:
     """Element-wise operators: operands' ids are united position by position."""
-    operands = [(run.of(ref), run.shape(ref)) for ref in refs(op)]
+    operands = [(run.of(ref), run.shape(ref)) for ref in op.refs]
 
     def vanishes(zero: tuple[bool, ...]) -> bool:
         return zero_where(run, op, zero)
@@ -29,9 +29,17 @@ def pointwise(run: Run, op: Op) -> list[Labels]:
 
 
 def zero_where(run: Run, op: Op, zero: tuple[bool, ...]) -> bool:
-    """Is the result zero when the operands flagged in `zero` are? Found by trying."""
+    """Is the result zero when the operands flagged in `zero` are? Found by trying, once for each kind of operator."""
     if not any(zero):
         return False
+    given = tree_map(lambda leaf: run.value(leaf).dtype if isinstance(leaf, Ref) else leaf, (op.args, op.kwargs))
+    key = (op.func, zero, repr(given))
+    if key not in run.zeros:
+        run.zeros[key] = _is_zero_where(run, op, zero)
+    return run.zeros[key]
+
+
+def _is_zero_where(run: Run, op: Op, zero: tuple[bool, ...]) -> bool:
     flags = iter(zero)
     generator = torch.Generator().manual_seed(0)
 
@@ -52,7 +60,7 @@ def zero_where(run: Run, op: Op, zero: tuple[bool, ...]) -> bool:
 
 def unknown(run: Run, op: Op) -> list[Labels]:
     """Nothing is known, so nothing that comes in or goes out may change."""
-    for ref in refs(op):
+    for ref in op.refs:
         run.ledger.freeze_all(run.of(ref), run.why(f"no rule for the operator {name_of(op.func)}"))
     return [() for _ in op.outputs]
 
@@ -103,6 +111,7 @@ RULES: dict[str, Rule] = {
     **_named("index_select", structure.index_select),
     **_named("pixel_shuffle pixel_unshuffle", structure.pixel_shuffle),
     **_named("im2col", structure.unfold_patches),
+    **_named("unfold", structure.windows),
     **_named("max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
              "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
              "adaptive_max_pool3d max_pool2d_with_indices upsample_nearest1d upsample_nearest2d "
@@ -164,7 +173,7 @@ def run_labels(run: Run) -> None:
         run.module = op.module
         if at in run.recording.reads:
             doubt = f"follows a decision on the data at {run.recording.reads[at]}"
-        operands = refs(op)
+        operands = op.refs
         labelled = [ref for ref in operands if run.of(ref)]
         if not labelled:
             continue

@@ -33,6 +33,7 @@ class Run:
     state_labels: dict[str, Labels]  # likewise: a parameter has the same ids in each
     roles: list[tuple[Tensor, str]] = field(default_factory=list)  # ids that a layer makes or reads
     labels: dict[int, Labels] = field(default_factory=dict)  # by value number
+    zeros: dict[Any, bool] = field(default_factory=dict)  # operator, operands that are zero -> is its result?
     module: str = ""  # where the current operator runs
 
     def value(self, ref: Ref) -> Value:
@@ -82,25 +83,6 @@ def arguments(op: Op) -> dict[str, Any]:
         else:
             bound[spec.name] = spec.default_value if spec.has_default_value() else None
     return bound
-
-
-def refs(op: Op) -> list[Ref]:
-    """All tensor operands, in order, those inside lists too."""
-    found: list[Ref] = []
-
-    def visit(item: Any) -> None:
-        if isinstance(item, Ref):
-            found.append(item)
-        elif isinstance(item, (list, tuple)):
-            for inner in item:
-                visit(inner)
-        elif isinstance(item, dict):
-            for inner in item.values():
-                visit(inner)
-
-    visit(op.args)
-    visit(op.kwargs)
-    return found
 
 
 def ids_along(label: Label | None, axis: int, size: int) -> Tensor:

@@ -254,6 +254,15 @@ def pixel_shuffle(run: Run, op: Op) -> list[Labels]:
     return [run.ledger.uniform_all(results[0], last, run.why(PICKED)) if results else ()]
 
 
+def windows(run: Run, op: Op) -> list[Labels]:
+    """Tensor.unfold: windows along one axis, their positions on a new last axis."""
+    a = arguments(op)
+    x = a["self"]
+    dim = a["dimension"] % len(run.shape(x))
+    labels = run.ledger.uniform_all(run.of(x), [dim], run.why("a window slides here"))
+    return [tuple(label.on(label.ids.unsqueeze(-1)) for label in labels)]
+
+
 def unfold_patches(run: Run, op: Op) -> list[Labels]:
     """im2col: (N, C, H, W) -> (N, C * kernel, positions)."""
     a = arguments(op)

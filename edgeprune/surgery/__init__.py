@@ -9,7 +9,6 @@ is used instead, with its sizes recomputed (`replay`).
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import SurgeryError
 from ..graph import ModelGraph
+from ..graph.copies import without_weights
 from ..records import ChannelGroup, Keep
 from . import replay
 from .checks import check, dropped_blocks, only_cut
@@ -54,8 +54,7 @@ def cut(model: nn.Module, graph: ModelGraph, keep: Keep) -> nn.Module:
 
 
 def _sliced(model: nn.Module, graph: ModelGraph, rewriter: Rewriter) -> nn.Module:
-    memo = {id(p): p for p in model.parameters()}
-    module: nn.Module = copy.deepcopy(model, memo)
+    module = without_weights(model)
     slice_state(module, model, rewriter.positions)
     return module
 

@@ -12,7 +12,7 @@ from ..graph import ModelGraph
 from ..graph.record import Op, record
 from ..graph.rules import has_rule, name_of
 from ..graph.run import arguments
-from .rewrite import Rewriter
+from .rewrite import Rewriter, numbers_in
 
 # attribute <- (tensor, axis) of PyTorch's own layers; `groups` and `num_groups` come from the recorded operators
 SIZES: dict[str, tuple[str, int]] = {
@@ -25,11 +25,13 @@ SHAPES_TELL = ("split", "split_with_sizes", "chunk", "unsafe_chunk", "unsafe_spl
 def slice_state(module: nn.Module, model: nn.Module, positions: Mapping[tuple[str, int], Tensor]) -> None:
     """Give `module` sliced copies of the tensors of `model`; tied parameters stay tied."""
     new: dict[int, Tensor] = {}
+    axes: dict[str, list[int]] = {}
+    for owner, axis in positions:
+        axes.setdefault(owner, []).append(axis)
     for name, old in [*model.named_parameters(), *model.named_buffers()]:
         tensor = old.detach()
-        for (owner, axis), kept in positions.items():
-            if owner == name:
-                tensor = tensor.index_select(axis, kept.to(tensor.device))
+        for axis in axes.get(name, ()):
+            tensor = tensor.index_select(axis, positions[name, axis].to(tensor.device))
         tensor = tensor.clone() if tensor.data_ptr() == old.data_ptr() else tensor
         new[id(old)] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
     originals = dict(model.named_modules(remove_duplicate=False))
@@ -126,12 +128,14 @@ def _set_attributes(part: nn.Module, sizes: dict[int, set[int]]) -> None:
 def fits(module: nn.Module, graph: ModelGraph, rewriter: Rewriter) -> bool:
     """Does the module's own `forward` do on the sliced tensors, operator by operator, what the cut expects?"""
     try:
-        recording = record(module.eval(), graph.example, has_rule)
+        recording = record(module.eval(), graph.example, has_rule, owned=True)
     except TraceError:
         return False
-    if len(recording.ops) != len(rewriter.recording.ops):
+    decision = min(rewriter.recording.reads, default=None)  # what follows is frozen, whichever way it goes
+    ops, dense_ops = recording.ops[:decision], rewriter.recording.ops[:decision]
+    if len(ops) != len(dense_ops):
         return False
-    for here, dense in zip(recording.ops, rewriter.recording.ops, strict=True):
+    for here, dense in zip(ops, dense_ops, strict=True):
         if here.func is not dense.func or not _same_arguments(here, dense, rewriter):
             return False
         for number, dense_number in zip(here.outputs, dense.outputs, strict=True):
@@ -150,14 +154,4 @@ def _same_arguments(here: Op, dense: Op, rewriter: Rewriter) -> bool:
         start = arguments(here)["start"] or 0
         bound = dict(zip([a.name for a in dense.func._schema.arguments], expected[0], strict=False))
         return bool(start == (bound.get("start") or 0))
-    return _numbers_in((here.args, here.kwargs)) == _numbers_in(expected)
-
-
-def _numbers_in(tree: Any) -> list[Any]:
-    if isinstance(tree, (bool, int, float, str)):
-        return [tree]
-    if isinstance(tree, dict):
-        return [number for key in sorted(tree) for number in _numbers_in(tree[key])]
-    if isinstance(tree, (list, tuple)):
-        return [number for item in tree for number in _numbers_in(item)]
-    return []
+    return numbers_in((here.args, here.kwargs)) == numbers_in(expected)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..graph import ModelGraph
 from ..graph.blocks import branch_state
+from ..graph.copies import without_weights
 from ..graph.rules import has_rule, name_of
 from ..graph.run import arguments
 from ..records import Keep
@@ -26,8 +26,10 @@ def mask(model: nn.Module, graph: ModelGraph, keep: Keep) -> nn.Module:
     """
     dropped = check(model, graph, keep)
     rewriter = Rewriter(graph, only_cut(keep))
-    masked = copy.deepcopy(model)
     directions = _directions(rewriter)
+    zeroed = {name for block in dropped for name in branch_state(graph.trace.recording, block)}
+    touched = {name for name, _ in rewriter.positions} | zeroed
+    masked = _with_own(model, touched)
     state = dict([*masked.named_parameters(), *masked.named_buffers()])
     with torch.no_grad():
         for (name, axis), kept in rewriter.positions.items():
@@ -35,15 +37,27 @@ def mask(model: nn.Module, graph: ModelGraph, keep: Keep) -> nn.Module:
                 continue
             gone = np.setdiff1d(np.arange(state[name].shape[axis]), kept.numpy())
             state[name].index_fill_(axis, torch.from_numpy(gone), 0)
-        for block in dropped:
-            for name in branch_state(graph.trace.recording, block):
-                state[name].zero_()
+        for name in zeroed:
+            state[name].zero_()
     padded = {}
     for at, op in enumerate(rewriter.recording.ops):
         found = rewriter.channel_map(op)
         if found is not None:
             padded[at] = (found[0], torch.from_numpy(rewriter.kept_along(op.outputs[0], found[0])))
     return _Padded(masked, padded) if padded else masked
+
+
+def _with_own(model: nn.Module, names: set[str]) -> nn.Module:
+    """A copy that shares all parameters but the named ones; tied parameters stay tied."""
+    owned = {
+        id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for n, p in model.named_parameters() if n in names
+    }
+    copied = without_weights(model)
+    for part in copied.modules():
+        for key, shared in list(part._parameters.items()):
+            if id(shared) in owned:
+                setattr(part, key, owned[id(shared)])
+    return copied
 
 
 def _directions(rewriter: Rewriter) -> set[tuple[str, int]]:

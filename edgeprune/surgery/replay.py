@@ -23,9 +23,9 @@ from ..graph import Example, ModelGraph, as_call
 from ..graph.blocks import branch_ops
 from ..graph.record import Call, Op, Recording, Ref, record
 from ..graph.rules import has_rule, name_of
-from ..graph.run import arguments, refs
+from ..graph.run import arguments
 from ..records import Block
-from .rewrite import Arguments, Rewriter
+from .rewrite import Arguments, Rewriter, numbers_in
 
 aten = torch.ops.aten
 SPLITS = ("split", "split_with_sizes", "chunk", "unsafe_chunk", "unsafe_split")
@@ -93,10 +93,10 @@ class _Builder:
         self.nodes: dict[int, fx.Node] = {}
         self.changes = [rewriter.changed(op) for op in self.recording.ops]
         self.skip = {at for block in dropped for at in branch_ops(self.recording, block)}
-        self.shortcuts = {b.op: refs(self.recording.ops[b.op])[1 - b.branch] for b in dropped}
+        self.shortcuts = {b.op: self.recording.ops[b.op].refs[1 - b.branch] for b in dropped}
         self.readers: dict[int, list[int]] = defaultdict(list)
         for at, op in enumerate(self.recording.ops):
-            for ref in refs(op):
+            for ref in op.refs:
                 self.readers[ref.value].append(at)
         for ref in _leaves(self.recording.output):
             self.readers[ref.value].append(len(self.recording.ops))
@@ -162,7 +162,7 @@ class _Builder:
         inside = range(call.first, call.last)
         if not call.module or any(self.changes[at] is not None for at in inside):
             return False
-        if any(at in self.skip or at in self.shortcuts for at in inside):
+        if any(at in self.skip or at in self.shortcuts for at in inside) or self._may_count(inside):
             return False
         plain = (Ref, bool, float, str, type(None))
         given, _ = tree_flatten((call.args, call.kwargs))
@@ -170,12 +170,23 @@ class _Builder:
         if not all(isinstance(leaf, plain) for leaf in given) or not _leaves(call.output):
             return False
         made = {n for at in inside for n in self.recording.ops[at].outputs}
-        read = {ref.value for at in inside for ref in refs(self.recording.ops[at])}
+        read = {ref.value for at in inside for ref in self.recording.ops[at].refs}
         known = {leaf.value for leaf in given if isinstance(leaf, Ref)}
         hidden = [n for n in read - made - known if self.recording.values[n].from_input]
         leaking = [n for n in made if any(at >= call.last for at in self.readers[n])]
         out = {leaf.value for leaf in returned if isinstance(leaf, Ref)}
         return not hidden and set(leaking) <= out
+
+    def _may_count(self, inside: range) -> bool:
+        """Could the user's Python work out another number from a shape that the cut changes?"""
+        ops = [self.recording.ops[at] for at in inside]
+        if not any(self._reshaped(n) for op in ops for n in (*op.outputs, *(ref.value for ref in op.refs))):
+            return False
+        theirs = [op for op in ops if not type(self.root.get_submodule(op.module)).__module__.startswith("torch.nn")]
+        return any(numbers_in((op.args, op.kwargs)) for op in theirs)
+
+    def _reshaped(self, value: int) -> bool:
+        return value >= 0 and self.rewriter.shape(value) != self.recording.values[value].shape
 
     def _call(self, call: Call) -> None:
         node = self.graph.call_module(call.module, self._nodes(call.args), self._nodes(call.kwargs))
@@ -205,6 +216,8 @@ class _Builder:
 
     def _operator(self, at: int, op: Op) -> None:
         name = name_of(op.func)
+        if at in self.recording.reads:
+            raise TraceError(_decides(type(self.root).__name__, self.recording.reads[at]))
         if at in self.shortcuts:
             self.nodes[op.outputs[0]] = self._node(self.shortcuts[at])
         elif name in ("dropout", "feature_dropout"):
@@ -275,6 +288,14 @@ class _Builder:
             return batch
         scaled = self.graph.call_function(operator.mul, (batch, size))
         return self.graph.call_function(operator.floordiv, (scaled, self.batch_size))
+
+
+def _decides(name: str, line: str) -> str:
+    return (
+        f"{name} has sizes written into its forward, so that only its recorded operators can be cut, and it decides on "
+        f"the data at {line}, which recorded operators cannot. Freeze the channels before that line with --frozen "
+        "MODULE, or move the decision out, into a wrapper around the network."
+    )
 
 
 def _leaves(tree: Any) -> list[Ref]:

@@ -26,6 +26,7 @@ class Rewriter:
         self.recording = graph.trace.recording
         self._labels = graph.trace.labels
         self._alive = graph.trace.kept(keep)
+        self._shapes: dict[int, tuple[int, ...]] = {}
         self.positions: dict[tuple[str, int], Tensor] = {}  # (tensor, axis) -> indices kept, where some are not
         for axis in graph.trace.axes:
             alive = self._alive[axis.first : axis.first + axis.size]
@@ -46,11 +47,12 @@ class Rewriter:
 
     def shape(self, value: int) -> tuple[int, ...]:
         """The shape that a value has in the cut network."""
-        dense = list(self.recording.values[value].shape)
-        for label in self._labels.get(value, ()):
-            for axis in label.axes:
+        if value not in self._shapes:
+            dense = list(self.recording.values[value].shape)
+            for axis in {axis for label in self._labels.get(value, ()) for axis in label.axes}:
                 dense[axis] = int(self.kept_along(value, axis).sum())
-        return tuple(dense)
+            self._shapes[value] = tuple(dense)
+        return self._shapes[value]
 
     # -- arguments -------------------------------------------------------------------------------------------
 
@@ -81,6 +83,17 @@ class Rewriter:
             rest = [n if i not in (at, at + 1) else 0 for i, n in enumerate(amounts)]
             return axis, source[want].tolist(), int(have.sum()), rest
         return None
+
+
+def numbers_in(tree: Any) -> list[Any]:
+    """All numbers and words among an operator's arguments, in order."""
+    if isinstance(tree, (bool, int, float, str)):
+        return [tree]
+    if isinstance(tree, dict):
+        return [number for key in sorted(tree) for number in numbers_in(tree[key])]
+    if isinstance(tree, (list, tuple)):
+        return [number for item in tree for number in numbers_in(item)]
+    return []
 
 
 def _set(op: Op, **values: Any) -> Arguments:
