@@ -15,7 +15,7 @@ from . import knapsack
 from .errors import UnreachableBudget, UsageError
 from .importance import Importance, kept_value
 from .records import Block, Layer, LayerShape, Plan
-from .table import IDENTITY, Correction, Surface, follows_input, grid, predict_ms, weights_mib
+from .table import IDENTITY, Correction, Surface, follows_input, predict_ms, reach, weights_mib
 from .widths import shape_at, size
 
 Floats = NDArray[np.float64]
@@ -91,7 +91,7 @@ def size_limit(layers: Sequence[Layer], candidates: Candidates, dense_bytes: int
         dense_bytes: of the uncut network's file: what its layers' weights do not explain stays.
         budget_bytes: for the file.
     """
-    parts = tuple(Part(layer, *grid(layer, candidates), partial(_bytes_at, layer)) for layer in layers)
+    parts = tuple(Part(layer, *reach(layer, candidates), partial(_bytes_at, layer)) for layer in layers)
     dense = {g: widths[-1] for g, widths in candidates.items()}
     rest = dense_bytes - Limit("", parts, 0.0, 0.0).predict(dense, ())
     return Limit("size in bytes", parts, rest, budget_bytes)

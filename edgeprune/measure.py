@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .allocate import Candidates, Costs
-from .records import Artifact, Block, Layer, LayerShape, Progress, Timing
+from .records import Artifact, Block, DeviceState, Fingerprint, Layer, LayerShape, Progress, Timing
 from .store import Store
-from .table import IDENTITY, Correction, LatencyTable, fit, points, summed_ms, surface, weights_mib
+from .table import IDENTITY, Correction, LatencyTable, fit, known, summed_ms, surface, wanted, weights_mib
 from .target import Target
 from .widths import shape_at
 
 BATCH = 12  # layers measured in turn
-LAYER_INTERVAL = 0.01  # the 95 % interval of a layer's median, relative
-LAYER_S = 0.15  # at most, a layer
+INTERVAL = 0.01  # a layer is measured until the 95 % interval of its median is this narrow, relative to it
+VISITS = (7, 60)  # at least, at most
+LAYER_S = 0.2  # at most, a layer
 DRIFT = 0.04  # a sentinel this far from its reference spoils the batch it was measured with
 TRIES = 3
 COPIES = 3  # a network is loaded this often to be timed
@@ -24,16 +25,18 @@ SENTINEL = LayerShape(
     op="conv", in_ch=64, out_ch=64, batch=1, spatial=(14, 14), kernel=(3, 3), stride=(1, 1), padding=(1, 1),
     dilation=(1, 1), conv_groups=1, fused=("relu",),
 )  # fmt: skip
+_NOWHERE = Fingerprint("", "", "", "", 0, ())  # of a table that is only looked into
 
 
 @dataclass(frozen=True)
 class Filled:
-    """What filling a table took."""
+    """What filling a table took, and how far it can be trusted."""
 
-    entries: int  # needed by this network
+    entries: int  # that this network uses
     measured: int  # of them, now
     drifted: int  # batches measured again because the machine had changed
-    noise: float  # median relative spread (p90 - p10) / 2 of the entries
+    noise: float  # median half-width of the entries' 95 % intervals, relative
+    unsure: int  # entries whose interval is wider than was asked for
     notes: tuple[str, ...]  # what the device said about itself: busy, throttled ...
 
 
@@ -43,13 +46,6 @@ def timed(layers: Sequence[Layer], target: Target) -> list[Layer]:
     return [replace(layer, shape=form) for layer, form in forms if form is not None]
 
 
-def needed(layers: Sequence[Layer], candidates: Candidates) -> list[LayerShape]:
-    """Every layer shape that plans for this network can ask for: the dense ones first, then the rest."""
-    each = [points(layer, candidates) for layer in layers]
-    dense, rest = [p[0] for p in each], [shape for p in each for shape in p[1:]]
-    return list(dict.fromkeys(dense + rest))
-
-
 def fill(
     layers: Sequence[Layer],
     candidates: Candidates,
@@ -57,57 +53,105 @@ def fill(
     store: Store,
     progress: Progress | None = None,
 ) -> tuple[LatencyTable, Filled]:
-    """Measure what the store does not have yet; every batch is on disk when it is done.
+    """Measure what the store does not have yet, until the table can answer every plan.
+
+    Dense layers come first, then a coarse grid of widths, then the steps of each staircase, so that a table that was
+    interrupted is the same table, only coarser. Entries are on disk as soon as they are measured.
 
     Args:
         layers: of the network, as `timed` gives them.
         candidates: widths that plans may choose.
         target: where to measure.
         store: shared by all networks on the device.
-        progress: told (entries done, of).
+        progress: told (entries done, of): what is known to be missing grows while steps are found.
     """
-    fingerprint = target.fingerprint()
-    have = store.entries(fingerprint)
-    wanted = needed(layers, candidates)
-    missing = [shape for shape in wanted if shape not in have]
-    batches = [missing[i : i + BATCH] for i in range(0, len(missing), BATCH)]
-    reference = have.get(SENTINEL)
-    drifted, notes = 0, set(target.state().notes)
-    for batch in batches:
-        timings, again = _steady(batch, target, reference)
-        drifted += again
-        if reference is None:
-            reference = timings[0]
-            store.add(fingerprint, {SENTINEL: reference})
-        measured = dict(zip(batch, timings[1:], strict=True))
-        store.add(fingerprint, {shape: _brief(timing) for shape, timing in measured.items()})
-        have.update(measured)
-        if progress is not None:
-            progress(len(wanted) - len(missing) + sum(s in have for s in missing), len(wanted))
-    notes |= set(target.state().notes)
-    table = LatencyTable(fingerprint, {s: have[s] for s in wanted}, IDENTITY)
-    spreads = [(t.p90_ms - t.p10_ms) / 2 / t.median_ms for t in table.timings.values()]
-    noise = float(np.median(spreads)) if spreads else 0.0
-    return table, Filled(len(wanted), len(missing), drifted, noise, tuple(sorted(notes)))
+    work = _Work(target, store)
+    while missing := _missing(layers, candidates, work.entries):
+        known = len(_used(layers, candidates, work.entries))
+        for done in work.measure(missing):
+            if progress is not None:
+                progress(known + done, known + len(missing))
+    work.finish()
+    used = {shape: work.entries[shape] for shape in _used(layers, candidates, work.entries)}
+    unsure = sum(t.interval > INTERVAL for t in used.values())
+    notes = {*work.notes, *([f"{unsure} of {len(used)} entries did not get within {INTERVAL:.0%}"] if unsure else [])}
+    noise = float(np.median([t.interval for t in used.values()])) if used else 0.0
+    filled = Filled(len(used), work.measured, work.repeated, noise, unsure, tuple(sorted(notes)))
+    return LatencyTable(work.fingerprint, used, IDENTITY), filled
 
 
-def _brief(timing: Timing) -> Timing:
-    """Entries keep their summary; samples are for comparisons."""
-    return replace(timing, samples_ms=())
+def _missing(layers: Sequence[Layer], candidates: Candidates, entries: Mapping[LayerShape, Timing]) -> list[LayerShape]:
+    """What every layer wants next, once each: all of one stage before any of the next, the costliest layers first."""
+    table = LatencyTable(_NOWHERE, entries, IDENTITY)
+    each = [wanted(surface(table, layer, candidates)) for layer in sorted(layers, key=lambda la: -la.macs)]
+    return list(dict.fromkeys(shape for shapes in each for shape in shapes))
 
 
-def _steady(batch: Sequence[LayerShape], target: Target, reference: Timing | None) -> tuple[list[Timing], int]:
-    """Time a batch with the sentinel; again when the sentinel says that the machine was not itself."""
-    best: tuple[float, list[Timing]] | None = None
-    for again in range(TRIES):
-        timings = target.time([SENTINEL, *batch], 7, 40, LAYER_INTERVAL, LAYER_S * (len(batch) + 1))
-        off = abs(timings[0].median_ms / reference.median_ms - 1) if reference else 0.0
-        if best is None or off < best[0]:
-            best = (off, timings)
-        if off <= DRIFT:
-            return timings, again
-    assert best is not None
-    return best[1], TRIES - 1
+def _used(layers: Sequence[Layer], candidates: Candidates, entries: Mapping[LayerShape, Timing]) -> list[LayerShape]:
+    """The entries that this network's surfaces rest on."""
+    table = LatencyTable(_NOWHERE, entries, IDENTITY)
+    each = [known(surface(table, layer, candidates)) for layer in layers]
+    return list(dict.fromkeys(shape for shapes in each for shape in shapes))
+
+
+class _Work:
+    """One filling of a device's table: what is known, what was measured, how steady the machine was."""
+
+    def __init__(self, target: Target, store: Store) -> None:
+        self.target, self.store = target, store
+        self.fingerprint = target.fingerprint()
+        self.entries = store.entries(self.fingerprint)
+        self.reference = self.entries.get(SENTINEL)
+        self.measured, self.repeated, self.unsteady = 0, 0, 0
+        self.session = 0
+        self.notes: set[str] = set()
+
+    def measure(self, missing: Sequence[LayerShape]) -> Iterator[int]:
+        """Measure in batches and keep each; yields how many are done."""
+        for start in range(0, len(missing), BATCH):
+            batch = missing[start : start + BATCH]
+            if not self.session:
+                self.session = self.store.begin(self.fingerprint, self._state())
+            timings = self._steady(batch)
+            found = dict(zip(batch, timings[1:], strict=True))
+            if self.reference is None:
+                self.reference = found[SENTINEL] = timings[0]
+            brief = {shape: replace(timing, samples_ms=()) for shape, timing in found.items()}
+            self.store.add(self.fingerprint, brief, self.session)
+            self.entries |= brief
+            self.measured += len(batch)
+            yield start + len(batch)
+
+    def _steady(self, batch: Sequence[LayerShape]) -> list[Timing]:
+        """Time a batch with the sentinel; again when that says that the machine was not itself.
+
+        A machine that stays another is measured as it is, and the table says so.
+        """
+        best: tuple[float, list[Timing]] | None = None
+        tries = TRIES if self.unsteady < TRIES else 1
+        for again in range(tries):
+            timings = self.target.time([SENTINEL, *batch], *VISITS, INTERVAL, LAYER_S * (len(batch) + 1))
+            off = abs(timings[0].median_ms / self.reference.median_ms - 1) if self.reference else 0.0
+            if best is None or off < best[0]:
+                best = (off, timings)
+            self.repeated += again > 0
+            if off <= DRIFT:
+                self.unsteady = 0
+                return timings
+        assert best is not None
+        self.unsteady += 1
+        self.notes.add("some entries were measured while the sentinel layer ran more than 4 % off its first latency")
+        return best[1]
+
+    def _state(self) -> DeviceState:
+        state = self.target.state()
+        self.notes |= set(state.notes)
+        return state
+
+    def finish(self) -> None:
+        """Record the state that the device was in at the end."""
+        if self.session:
+            self.store.finish(self.session, self._state(), sorted(self.notes))
 
 
 def costs(layers: Sequence[Layer], candidates: Candidates, table: LatencyTable, blocks: Sequence[Block]) -> Costs:
@@ -138,7 +182,10 @@ def pooled(timings: Sequence[Timing]) -> Timing:
     places = [np.linspace(0, len(t.samples_ms) - 1, least).round().astype(int) for t in timings]
     samples = [t.samples_ms[place[at]] for at in range(least) for t, place in zip(timings, places, strict=True)]
     p10, median, p90 = (float(np.percentile(samples, q)) for q in (10, 50, 90))
-    return Timing(median, p10, p90, sum(t.runs for t in timings), tuple(samples))
+    within = float(np.sqrt(np.mean([t.interval**2 for t in timings])))
+    apart = 1.96 * float(np.std([t.median_ms for t in timings], ddof=1)) / median if len(timings) > 1 else 0.0
+    interval = float(np.hypot(within, apart) / np.sqrt(len(timings)))
+    return Timing(median, p10, p90, sum(t.runs for t in timings), tuple(samples), interval)
 
 
 def spread(timings: Sequence[Timing], copies: int = COPIES) -> float:

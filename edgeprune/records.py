@@ -137,6 +137,7 @@ class Timing:
     p90_ms: float
     runs: int
     samples_ms: tuple[float, ...]
+    interval: float  # half the width of the median's 95 % interval, relative to the median
 
 
 @dataclass(frozen=True)

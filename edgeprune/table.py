@@ -1,8 +1,8 @@
 """A latency table: what layers cost on one device, at the widths that plans may choose.
 
 Latency is a staircase in output channels and nearly linear in input channels, and the steps depend on runtime,
-operator and precision. So every output width that a plan may choose is measured; input widths are measured at a few
-points and interpolated. A query outside what was measured is refused.
+operator and precision. So the steps are looked for: a coarse grid is measured first, then more widths wherever the
+curve bends. What lies between points on a line is interpolated; a query outside what was measured is refused.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from .records import Fingerprint, Layer, LayerShape, Timing
 from .widths import shape_at, size
 
 Floats = NDArray[np.float64]
-IN_POINTS = 4  # input widths measured, between the least and the full one
-OUT_POINTS = 4  # output widths at which they are measured
+COARSE = 5  # output widths measured of every layer
+IN_COARSE, OUT_ROWS = 4, 3  # input widths, and output widths at which they are measured
+STRAIGHT = 0.02  # a curve bends where it is this far off the line between its neighbours
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,12 @@ class Surface:
     """One layer's latency over its input and output widths, from the points of a table."""
 
     layer: Layer
-    ins: tuple[int, ...]  # measured input widths, ascending
-    outs: tuple[int, ...]  # measured output widths, ascending
+    ins: tuple[int, ...]  # input widths that plans may choose, ascending
+    outs: tuple[int, ...]  # output widths, ascending
     table: LatencyTable
 
     def at(self, in_ch: int, out_ch: int) -> float:
-        """Milliseconds; 0 for a layer that is gone.
+        """Milliseconds; 0 for a layer that is gone. Between the widths of plans, an output counts as the next one up.
 
         Raises:
             TableError: the width lies outside what was measured.
@@ -78,65 +79,118 @@ class Surface:
         if in_ch == 0 or out_ch == 0:
             return 0.0
         if follows_input(self.layer):
-            return self._between(in_ch)
+            out_ch = in_ch
         out = next((o for o in self.outs if o >= out_ch), None)
         if out is None or in_ch > self.ins[-1] or in_ch < self.ins[0]:
             raise TableError(
                 f"{self.layer.name}: {in_ch} -> {out_ch} channels lies outside the measured {self.ins[0]}.."
                 f"{self.ins[-1]} -> {self.outs[0]}..{self.outs[-1]}; profile again with these widths"
             )
-        return self._full[out] * self._ratio(in_ch, out)
+        if follows_input(self.layer):
+            return float(np.interp(in_ch, *self.curve))
+        return float(np.interp(out, *self.curve)) * self._ratio(in_ch, out)
 
     @cached_property
-    def _full(self) -> dict[int, float]:
-        """Latency of each output width at the full input width."""
-        return {o: self.table.median_ms(_shape(self.layer, self.ins[-1], o)) for o in self.outs}
+    def curve(self) -> tuple[Floats, Floats]:
+        """Measured output widths at the full input width, ascending, and their milliseconds."""
+        known = [(o, self.ms_at(self._full_in(o), o)) for o in self.outs]
+        measured = [(o, ms) for o, ms in known if ms is not None]
+        if not measured or measured[-1][0] != self.outs[-1] or measured[0][0] != self.outs[0]:
+            self.table.median_ms(_shape(self.layer, self.ins[-1], self.outs[-1]))
+            self.table.median_ms(_shape(self.layer, self._full_in(self.outs[0]), self.outs[0]))
+        widths, ms = zip(*measured, strict=True)
+        return np.array(widths, dtype=float), np.array(ms)
 
-    @cached_property
-    def _ratios(self) -> tuple[Floats, Floats]:
-        """(output widths), (output widths, input widths): latency relative to the full input width."""
-        some = spread(self.outs, OUT_POINTS)
-        rows = [[self.table.median_ms(_shape(self.layer, i, o)) / self._full[o] for i in self.ins] for o in some]
-        return np.array(some, dtype=float), np.array(rows)
+    def _full_in(self, out_ch: int) -> int:
+        return out_ch if follows_input(self.layer) else self.ins[-1]
+
+    def ms_at(self, in_ch: int, out_ch: int) -> float | None:
+        """What was measured at exactly these widths, if anything."""
+        timing = self.table.timings.get(_shape(self.layer, in_ch, out_ch))
+        return timing.median_ms if timing is not None else None
 
     def _ratio(self, in_ch: int, out_ch: int) -> float:
-        some, rows = self._ratios
-        at_each = np.array([np.interp(in_ch, self.ins, row) for row in rows])
-        return float(np.interp(out_ch, some, at_each))
-
-    def _between(self, channels: int) -> float:
-        """Channelwise layers: one curve, linear between its points."""
-        if not self.ins[0] <= channels <= self.ins[-1]:
-            raise TableError(f"{self.layer.name}: {channels} channels lie outside {self.ins[0]}..{self.ins[-1]}")
-        return float(np.interp(channels, self.ins, self._curve))
+        """Of the latency at this input width to that at the full one."""
+        widths, rows = self._rows
+        return float(np.interp(out_ch, widths, [np.interp(in_ch, *row) for row in rows]))
 
     @cached_property
-    def _curve(self) -> Floats:
-        return np.array([self.table.median_ms(_shape(self.layer, i, i)) for i in self.ins])
+    def _rows(self) -> tuple[Floats, list[tuple[Floats, Floats]]]:
+        """Output widths, and for each: measured input widths and their latency relative to the full one."""
+        widths, rows = [], []
+        for out in self.outs:
+            full = self.ms_at(self.ins[-1], out)
+            known = [(i, ms) for i in self.ins if (ms := self.ms_at(i, out)) is not None]
+            if full is not None and known[0][0] == self.ins[0]:
+                widths.append(out)
+                rows.append((np.array([i for i, _ in known], float), np.array([ms / full for _, ms in known])))
+        if not rows:
+            self.table.median_ms(_shape(self.layer, self.ins[0], self.outs[-1]))
+        return np.array(widths, float), rows
 
 
 def surface(table: LatencyTable, layer: Layer, candidates: Mapping[str, Sequence[int]]) -> Surface:
     """The latency surface of one layer over the widths that its groups may take."""
-    ins, outs = grid(layer, candidates)
-    return Surface(layer, ins, outs, table)
+    return Surface(layer, *reach(layer, candidates), table)
 
 
-def grid(layer: Layer, candidates: Mapping[str, Sequence[int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The input and output widths at which a layer is measured, ascending."""
-    ins, outs = _reach(layer, candidates, "in"), _reach(layer, candidates, "out")
-    if follows_input(layer):
-        return (ins, ins)
-    return tuple(int(i) for i in spread(ins, IN_POINTS)), outs
+def reach(layer: Layer, candidates: Mapping[str, Sequence[int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The input and output widths that a layer can take, ascending."""
+    ins = _reach(layer, candidates, "in")
+    return ins, ins if follows_input(layer) else _reach(layer, candidates, "out")
 
 
-def points(layer: Layer, candidates: Mapping[str, Sequence[int]]) -> list[LayerShape]:
-    """What has to be measured for a layer: all output widths at the full input, a few at fewer inputs."""
-    ins, outs = grid(layer, candidates)
-    if follows_input(layer):
-        return [_shape(layer, i, i) for i in ins]
-    full = [_shape(layer, ins[-1], o) for o in reversed(outs)]
-    rest = [_shape(layer, i, o) for o in spread(outs, OUT_POINTS) for i in ins[:-1]]
-    return full + rest
+# ---- what to measure -----------------------------------------------------------------------------------------
+
+
+def wanted(one: Surface) -> list[LayerShape]:
+    """What has to be measured next for a layer; nothing when its table is good.
+
+    First the dense layer; then a coarse grid of output and input widths; then between widths around which the curve
+    bends, until it does not: where it is a staircase that ends at every width that plans may choose.
+    """
+    full_in, full_out = one.ins[-1], one.outs[-1]
+    follows = follows_input(one.layer)
+    coarse = spread(one.outs, COARSE)
+    stages = [
+        [(full_in, full_out)],
+        [(o if follows else full_in, o) for o in reversed(coarse)],
+        [] if follows else [(i, o) for o in spread(one.outs, OUT_ROWS) for i in reversed(spread(one.ins, IN_COARSE))],
+    ]
+    for stage in stages:
+        missing = [_shape(one.layer, i, o) for i, o in stage if one.ms_at(i, o) is None]
+        if missing:
+            return missing
+    outs = [(o if follows else full_in, o) for o in between(*one.curve, one.outs)]
+    widths, ms = np.array([(i, one.ms_at(i, full_out)) for i in one.ins if one.ms_at(i, full_out)], float).T
+    ins = [] if follows else [(i, full_out) for i in between(widths, ms, one.ins)]
+    return [_shape(one.layer, i, o) for i, o in dict.fromkeys(outs + ins)]
+
+
+def known(one: Surface) -> list[LayerShape]:
+    """The entries of the table that a surface rests on."""
+    follows = follows_input(one.layer)
+    pairs = [(o, o) for o in one.outs] if follows else [(i, o) for o in one.outs for i in one.ins]
+    return [_shape(one.layer, i, o) for i, o in pairs if one.ms_at(i, o) is not None]
+
+
+def between(widths: Floats, ms: Floats, choices: Sequence[int]) -> list[int]:
+    """Widths to measure next: in the middle of the gaps beside a width at which the curve bends.
+
+    Args:
+        widths, ms: of a curve, ascending, (points,) each.
+        choices: widths that may be measured.
+    """
+    bends = np.zeros(len(widths), dtype=bool)
+    for at in range(1, len(widths) - 1):
+        line = np.interp(widths[at], widths[[at - 1, at + 1]], ms[[at - 1, at + 1]])
+        bends[at] = abs(line - ms[at]) > STRAIGHT * ms[at]
+    found = []
+    for at in range(len(widths) - 1):
+        inside = [c for c in choices if widths[at] < c < widths[at + 1]]
+        if inside and (bends[at] or bends[at + 1]):
+            found.append(inside[len(inside) // 2])
+    return found
 
 
 def follows_input(layer: Layer) -> bool:

@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 MIN_VISIT_S = 0.0005  # a visit repeats a run until the clock can resolve it
 RUNS_PER_VISIT = 3
-PREEMPTED = 0.95  # processor time / wall time below this: something else ran on our processor
+PREEMPTED = 0.95  # processor time / wall time of a run below this: something else ran on our processor
+
+
+class Run(NamedTuple):
+    """What is timed, and what is done before each time, off the clock; both have run before."""
+
+    run: Callable[[], Any]
+    prepare: Callable[[], Any] | None
 
 
 def in_turn(
-    runs: Sequence[Callable[[], Any]],
+    runs: Sequence[Run],
     threads: int,
     min_visits: int,
     max_visits: int,
@@ -25,35 +32,31 @@ def in_turn(
     budget_s: float,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Time each callable in round robin, in an order shuffled every round.
+    """Time each in round robin, in an order shuffled every round.
 
     Args:
-        runs: what to time; each has been run before.
+        runs: what to time.
         threads: how many threads they use: their processor time says whether they had the processors to themselves.
         min_visits, max_visits: bounds on the undisturbed visits of each.
         interval: stop one when the 95 % interval of its median is this narrow, relative to the median.
-        budget_s: stop after this long in any case, once each has `min_visits`.
+        budget_s: stop after this long in any case, once each has `min_visits`, disturbed ones included.
     Returns:
         For each: median_ms, p10_ms, p90_ms, runs, samples_ms (one a visit), interval (reached), disturbed (visits).
     """
     order = np.random.RandomState(seed)
-    samples: list[list[float]] = [[] for _ in runs]
-    counts, disturbed = [0] * len(runs), [0] * len(runs)
-    began, rounds = time.perf_counter(), 0
+    visits: list[list[tuple[float, bool]]] = [[] for _ in runs]  # (milliseconds, undisturbed)
+    counts = [0] * len(runs)
+    began = time.perf_counter()
     while True:
-        rounds += 1
         late = time.perf_counter() - began > budget_s
-        open_ = [i for i in range(len(runs)) if _wants_more(samples[i], min_visits, max_visits, interval, late)]
-        if not open_ or rounds > 3 * max_visits:
+        open_ = [i for i in range(len(runs)) if _wants_more(visits[i], min_visits, max_visits, interval, late)]
+        if not open_:
             break
         for i in order.permutation(open_):
-            wall_s, clean, ran = _visit(runs[i], threads)
+            seconds, clean, ran = _visit(runs[i], threads)
             counts[i] += ran
-            if clean or rounds > 2 * max_visits:  # a machine that is never quiet is measured as it is
-                samples[i].append(wall_s * 1000.0)
-            else:
-                disturbed[i] += 1
-    return [_summary(s, counts[i], disturbed[i]) for i, s in enumerate(samples)]
+            visits[i].append((seconds * 1000.0, clean))
+    return [_summary(_kept(v, min_visits), counts[i], sum(not clean for _, clean in v)) for i, v in enumerate(visits)]
 
 
 def take_off(found: dict[str, Any], call_ms: float) -> None:
@@ -63,24 +66,38 @@ def take_off(found: dict[str, Any], call_ms: float) -> None:
     found["samples_ms"] = [max(s - call_ms, s / 100.0) for s in found["samples_ms"]]
 
 
-def _visit(run: Callable[[], Any], threads: int) -> tuple[float, bool, int]:
-    """One warm run, then the median of a few; was the processor ours?"""
-    run()
-    times: list[float] = []
-    cpu, wall = time.process_time(), time.perf_counter()
-    while len(times) < RUNS_PER_VISIT or time.perf_counter() - wall < MIN_VISIT_S:
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    ratio = (time.process_time() - cpu) / (time.perf_counter() - wall)
-    clean = ratio >= PREEMPTED if threads == 1 else True
-    return float(np.median(times)), clean, len(times) + 1
+def _visit(timed: Run, threads: int) -> tuple[float, bool, int]:
+    """The median of a few runs, after a warm one unless each is prepared; was the processor ours in one of them?
+
+    When it was in none, the processor time that they took: what others did meanwhile is not in it, though they left
+    their data in the caches.
+    """
+    if timed.prepare is None:
+        timed.run()
+    runs: list[tuple[float, float]] = []  # (wall, processor) seconds
+    began = time.perf_counter()
+    while len(runs) < RUNS_PER_VISIT or time.perf_counter() - began < MIN_VISIT_S:
+        if timed.prepare is not None:
+            timed.prepare()
+        cpu, wall = time.process_time(), time.perf_counter()
+        timed.run()
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        runs.append((wall, cpu))
+    ours = [wall for wall, cpu in runs if threads > 1 or cpu >= PREEMPTED * wall]
+    return float(np.median(ours or [cpu for _, cpu in runs])), bool(ours), len(runs) + 1
 
 
-def _wants_more(samples: list[float], least: int, most: int, interval: float, late: bool) -> bool:
-    if len(samples) < least:
-        return True
-    return len(samples) < most and not late and width(samples) > interval
+def _wants_more(visits: list[tuple[float, bool]], least: int, most: int, interval: float, late: bool) -> bool:
+    if late:
+        return len(visits) < least
+    clean = [ms for ms, undisturbed in visits if undisturbed]
+    return len(clean) < least or (len(clean) < most and width(clean) > interval)
+
+
+def _kept(visits: list[tuple[float, bool]], least: int) -> list[float]:
+    """The undisturbed visits; all of them where the machine was never quiet for long enough."""
+    clean = [ms for ms, undisturbed in visits if undisturbed]
+    return clean if len(clean) >= least else [ms for ms, _ in visits]
 
 
 def width(samples: Sequence[float]) -> float:

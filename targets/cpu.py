@@ -20,7 +20,7 @@ from ..records import Artifact, DeviceState, Fingerprint, LayerShape, Progress, 
 from ..target import Target
 
 LAYERS = (
-    "conv", "conv_transpose", "linear", "max_pool", "avg_pool", "global_pool", "scale", "add", "mul",
+    "conv", "conv_transpose", "linear", "max_pool", "avg_pool", "global_pool", "scale", "add", "mul", "gate", "concat",
     "relu", "relu6", "silu", "hardswish", "hardsigmoid", "sigmoid", "gelu", "leaky_relu", "elu", "tanh", "mish",
 )  # fmt: skip
 SILENCE_S = 300.0  # without a word from the device program for this long, it hangs

@@ -21,6 +21,7 @@ ACTIVATIONS = {
     "hardsigmoid": "hardsigmoid", "sigmoid": "sigmoid", "gelu": "gelu", "leaky_relu": "leaky_relu", "elu": "elu",
     "tanh": "tanh", "mish": "mish",
 }  # fmt: skip
+OTHERS = {"batch_norm": "scale", "add": "add", "mul": "mul", "cat": "concat"}
 POOLS = {
     "max_pool2d": "max_pool", "avg_pool2d": "avg_pool", "adaptive_avg_pool2d": "global_pool", "mean": "global_pool",
 }  # fmt: skip
@@ -136,14 +137,20 @@ def _linear(run: Run, op: Op, width_of: WidthOf, chain: tuple[str, ...]) -> Laye
 
 def _between(run: Run, op: Op, name: str, width_of: WidthOf) -> Layer | None:
     """Pooling, unfused normalisation, activation or addition over (N, C, H, W): cheap, but not free."""
-    kind = POOLS.get(name) or {"batch_norm": "scale", "add": "add", "mul": "mul"}.get(name) or ACTIVATIONS.get(name)
-    operands = op.refs
+    kind = POOLS.get(name) or OTHERS.get(name) or ACTIVATIONS.get(name)
+    operands = [ref for ref in op.refs if run.value(ref).from_input]
     if kind is None or not operands or not op.outputs or op.outputs[0] < 0:
         return None
     x = run.shape(operands[0])
-    if len(x) != 4 or not run.value(operands[0]).from_input or int(np.prod(x[2:])) < 2:
-        return None
-    if kind == "add" and len(operands) < 2:
+    if kind == "concat":
+        return _concat(run, op, width_of, len(operands))
+    if kind in ("add", "mul"):
+        if len(operands) < 2:
+            return None
+        x = max((run.shape(ref) for ref in operands), key=lambda s: int(np.prod(s)))
+        if kind == "mul" and any(run.shape(ref) == (*x[:2], *[1] * (len(x) - 2)) for ref in operands):
+            kind = "gate"  # squeeze and excitation: one number a channel
+    if len(x) != 4 or int(np.prod(x[2:])) < 2:
         return None
     a = arguments(op)
     width = width_of(_ids(run, operands[0], 1))
@@ -155,6 +162,19 @@ def _between(run: Run, op: Op, name: str, width_of: WidthOf) -> Layer | None:
         dilation=(), conv_groups=1, fused=(),
     )  # fmt: skip
     return Layer(op.module or name, shape, width, width, Width(1, ()), 0)
+
+
+def _concat(run: Run, op: Op, width_of: WidthOf, parts: int) -> Layer | None:
+    """Joining channels is copying them; `conv_groups` is how many tensors are joined."""
+    out = run.recording.values[op.outputs[0]].shape
+    if len(out) != 4 or int(arguments(op).get("dim", 0)) not in (1, -3):
+        return None
+    width = width_of(ids_along(along(run.labels.get(op.outputs[0], ()), 1), 1, out[1]).numpy())
+    shape = LayerShape(
+        op="concat", in_ch=out[1], out_ch=out[1], batch=out[0], spatial=tuple(out[2:]), kernel=(), stride=(),
+        padding=(), dilation=(), conv_groups=parts, fused=(),
+    )  # fmt: skip
+    return Layer(op.module or "concat", shape, width, width, Width(parts, ()), 0)
 
 
 def _owner(run: Run, op: Op, weight: Ref) -> str:
