@@ -19,6 +19,8 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     model_validator,
 )
 
@@ -30,6 +32,19 @@ else:  # pragma: no cover
     import tomli as tomllib
 
 FILE = "edgeprune.toml"
+
+
+def _one_error(value: Any, parse: ValidatorFunctionWrapHandler) -> Any:
+    """Pydantic explains a union once for each of its kinds; a user needs to read it once."""
+    try:
+        return parse(value)
+    except ValidationError:
+        raise ValueError(
+            "write one number (8), several ([8, 6, 4]), or one for each target ({ cpu = 8, pi = 20 })"
+        ) from None
+
+
+Numbers = Annotated[float | tuple[float, ...] | dict[str, float], WrapValidator(_one_error)]
 
 
 class Section(BaseModel):
@@ -84,10 +99,10 @@ class CompressSection(Section):
     """[compress]: the budget and how it is reached."""
 
     target: str = Field("cpu", description="a [target.NAME], or cpu; several with commas between")
-    latency_ms: float | tuple[float, ...] | dict[str, float] | None = Field(
+    latency_ms: Numbers | None = Field(
         None, description="budget: median latency of one input; several, or one for each target"
     )
-    speedup: float | tuple[float, ...] | dict[str, float] | None = Field(
+    speedup: Numbers | None = Field(
         None, description="budget: dense latency divided by this; several, or one for each target"
     )
     size_mb: PositiveFloat | None = Field(None, description="budget: of the exported file, beside the latency")
