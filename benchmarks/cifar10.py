@@ -2,19 +2,23 @@
 
     python benchmarks/cifar10.py --data DIR                        every arm that is not in benchmarks/results yet
     python benchmarks/cifar10.py --data DIR --depth 20 --seeds 3   a part of it; the table shows what there is
+    python benchmarks/cifar10.py --data DIR --latency              time the networks of all results again, in turn
     python benchmarks/cifar10.py --table                           the table alone
 
 Arms: edgeprune's knapsack; uniform widths and random allocations with the same channel scores; Torch-Pruning's group
-magnitude, uniform and global; the dense network with the same extra epoch. Each pruned arm is brought to the same
-latency, measured with OpenVINO f32 on one thread in turn with the dense network. Recipe: batch norm re-estimated, then
-one epoch with distillation from the dense network. Accuracy is of the final half of the test images (5,000); nothing
-was chosen on it. The images are JPEG-compressed and the dense networks adapted to them.
+magnitude, uniform and global; the dense network with the same extra epoch. Uniform widths are brought to 1/2 and 1/3 of
+the dense latency (OpenVINO f32, one thread); every other arm is brought to the latency of that network, both timed in
+turn. Recipe: batch norm re-estimated, then one epoch with distillation from the dense network. Accuracy is of the final
+half of the test images (5,000); nothing was chosen on it. The images are JPEG-compressed and the dense networks adapted
+to them.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
+import json
 import os
 import shutil
 import tempfile
@@ -35,16 +39,16 @@ from edgeprune.config import DataSection
 from edgeprune.finetune import Settings
 from edgeprune.graph import ModelGraph, trace
 from edgeprune.importance import Importance
-from edgeprune.planning import Aim, Bench
+from edgeprune.planning import Bench
+from edgeprune.records import Artifact
 from edgeprune.target import open_target
-from edgeprune.watch import Silent
 
 HERE = Path(__file__).resolve().parent / "cifar"
 EXAMPLE = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SPEEDUPS = (3.0, 2.0)
 CLOSE = 0.02  # arms within this of the budget are compared
 BISECTIONS = 9
-ARMS = ("knapsack", "uniform", "random", "tp-uniform", "tp-global")
+ARMS = ("uniform", "knapsack", "random", "tp-uniform", "tp-global")
 SETTINGS = Settings(
     batch_size=128, learning_rate=0.05, momentum=0.9, weight_decay=5e-4, distillation=0.7, temperature=4.0,
     precision="bf16-mixed", bn_images=1024, seed=0,
@@ -69,7 +73,7 @@ class Case:
         self.bench = Bench(self.dense, self.graph, self.target, self.folder)
         self.bench.time([])
         self.costs = self._costs()
-        self.made: dict[tuple[str, float], tuple[nn.Module, dict[str, Any]]] = {}
+        self.anchors: dict[float, tuple[Artifact, float]] = {}
         self.teachers: dict[int, Remembered] = {}
 
     def _costs(self) -> Costs:
@@ -79,21 +83,16 @@ class Case:
         print(f"table: {filled.entries} entries, {filled.measured} measured now", flush=True)
         return measure.costs(layers, candidates, table, ())
 
-    def time(self, module: nn.Module) -> float:
-        """Milliseconds at the dense network's reference speed."""
+    def ratio(self, module: nn.Module, speedup: float) -> float:
+        """Its latency over that of the uniform network, or times `speedup` over the dense one's."""
         artifact = self.target.export(module, EXAMPLE, self.folder / "arm")
-        dense, cut = measure.time_networks([self.bench.dense, artifact], self.target)
-        return cut.median_ms * self.bench.reference_ms / dense.median_ms
+        other, scale = self.anchors.get(speedup, (self.bench.dense, speedup))
+        first, cut = measure.time_networks([other, artifact], self.target)
+        return scale * cut.median_ms / first.median_ms
 
-    def network(self, arm: str, speedup: float, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-        """An arm's network; only random allocations differ between seeds."""
-        if arm == "dense":
-            return copy.deepcopy(self.dense), {}
-        key = (arm, speedup)
-        if arm == "random" or key not in self.made:
-            self.made[key] = MAKERS[arm](self, self.bench.reference_ms / speedup, seed)
-        module, how = self.made[key]
-        return copy.deepcopy(module), how
+    def anchor(self, speedup: float, uniform: nn.Module) -> None:
+        """From now on, arms at this speed-up are compared with this network."""
+        self.anchors[speedup] = (self.target.export(uniform, EXAMPLE, self.folder / f"uniform-{speedup:g}x"), 1.0)
 
     def teacher(self, seed: int) -> Remembered:
         teacher = self.teachers.setdefault(seed, Remembered(self.dense))
@@ -128,14 +127,22 @@ class Remembered(nn.Module):
         return answer
 
 
-# ---- arms: a network for a budget ----------------------------------------------------------------------------
+# ---- arms: a network of the wanted latency ----------------------------------------------------------------------
+
+How = dict[str, Any]  # what the network of an arm is made from: widths, or a pruning ratio
 
 
-def knapsack(case: Case, budget_ms: float, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    costs = _calibrated(case)
-    chosen = planning.meet([Aim(case.bench, costs, budget_ms)], case.scores, "knapsack", seed, Silent())
-    module = surgery.cut(case.dense, case.graph, chosen.keep)
-    return module, {"widths": dict(chosen.plan.widths), "attempts": len(chosen.attempts)}
+def knapsack(case: Case, speedup: float, seed: int) -> How:
+    costs, budget_ms = _calibrated(case), case.bench.reference_ms / speedup
+    tried: list[tuple[float, How]] = []
+    for _ in range(planning.TRIES):
+        how = {"widths": dict(allocate.solve(costs, case.scores, budget_ms).widths)}
+        ratio = case.ratio(again(case, how, "knapsack"), speedup)
+        tried.append((abs(ratio - 1 + CLOSE / 2), how))
+        if tried[-1][0] <= CLOSE / 2:  # at the wanted latency, not above it
+            break
+        budget_ms *= (1 - CLOSE / 2) / ratio
+    return min(tried, key=lambda t: t[0])[1]
 
 
 def _calibrated(case: Case) -> Costs:
@@ -145,16 +152,16 @@ def _calibrated(case: Case) -> Costs:
     return measure.calibrate(case.costs, known)[0]
 
 
-def uniform(case: Case, budget_ms: float, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    return _scaled(case, budget_ms, dict.fromkeys(case.scores, 1.0))
+def uniform(case: Case, speedup: float, seed: int) -> How:
+    return _scaled(case, speedup, dict.fromkeys(case.scores, 1.0))
 
 
-def random(case: Case, budget_ms: float, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+def random(case: Case, speedup: float, seed: int) -> How:
     draw = np.random.Generator(np.random.PCG64(1000 + seed))
-    return _scaled(case, budget_ms, {group: 0.2 + 0.8 * draw.random() for group in case.scores})
+    return _scaled(case, speedup, {group: 0.2 + 0.8 * draw.random() for group in case.scores})
 
 
-def _scaled(case: Case, budget_ms: float, shape: Mapping[str, float]) -> tuple[nn.Module, dict[str, Any]]:
+def _scaled(case: Case, speedup: float, shape: Mapping[str, float]) -> How:
     """Widths in proportion to `shape`, any integer; the same channel scores as the knapsack.
 
     Rounding is spread over the groups: rounded alike, all groups of a stage would step at once, and no share would
@@ -163,75 +170,97 @@ def _scaled(case: Case, budget_ms: float, shape: Mapping[str, float]) -> tuple[n
     groups = case.graph.groups
     spread = {g.id: at / len(groups) for at, g in enumerate(groups)}
 
-    def make(share: float) -> tuple[nn.Module, dict[str, Any]]:
+    def make(share: float) -> How:
         wanted = {g.id: share * g.width * shape[g.id] / max(shape.values()) for g in groups}
-        units = {g.id: max(1, min(g.width, int(wanted[g.id] + spread[g.id]))) for g in groups}
-        return surgery.cut(case.dense, case.graph, importance.best(case.scores, units)), {"widths": units}
+        return {"widths": {g.id: max(1, min(g.width, int(wanted[g.id] + spread[g.id]))) for g in groups}}
 
-    return _bisect(case, budget_ms, make)
-
-
-def torch_pruning(uniformly: bool) -> Callable[[Case, float, int], tuple[nn.Module, dict[str, Any]]]:
-    def arm(case: Case, budget_ms: float, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-        import torch_pruning as tp
-
-        def make(share: float) -> tuple[nn.Module, dict[str, Any]]:
-            module = copy.deepcopy(case.dense)
-            pruner = tp.pruner.MagnitudePruner(
-                module,
-                EXAMPLE,
-                importance=tp.importance.GroupMagnitudeImportance(p=2),
-                pruning_ratio=1 - share,
-                global_pruning=not uniformly,
-                ignored_layers=[module.linear],
-            )
-            pruner.step()
-            return module, {"pruning_ratio": 1 - share}
-
-        return _bisect(case, budget_ms, make)
-
-    return arm
+    return _bisect(case, speedup, make)
 
 
-def _bisect(
-    case: Case, budget_ms: float, make: Callable[[float], tuple[nn.Module, dict[str, Any]]]
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The share of channels whose measured latency is nearest to the budget."""
+def torch_pruning(case: Case, speedup: float, seed: int, uniformly: bool) -> How:
+    return _bisect(case, speedup, lambda share: {"pruning_ratio": 1 - share, "uniformly": uniformly})
+
+
+def _torch_pruned(case: Case, pruning_ratio: float, uniformly: bool) -> nn.Module:
+    import torch_pruning as tp
+
+    module = copy.deepcopy(case.dense)
+    pruner = tp.pruner.MagnitudePruner(
+        module,
+        EXAMPLE,
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=pruning_ratio,
+        global_pruning=not uniformly,
+        ignored_layers=[module.linear],
+    )
+    pruner.step()
+    return module
+
+
+def again(case: Case, how: How, arm: str) -> nn.Module:
+    """The network of an arm."""
+    if arm == "dense":
+        return copy.deepcopy(case.dense)
+    if "pruning_ratio" in how:
+        return _torch_pruned(case, how["pruning_ratio"], arm == "tp-uniform")
+    return surgery.cut(case.dense, case.graph, importance.best(case.scores, how["widths"]))
+
+
+def _bisect(case: Case, speedup: float, make: Callable[[float], How]) -> How:
+    """The share of channels whose measured latency is nearest to the wanted one."""
     low, high = 0.02, 1.0
-    tried: list[tuple[float, nn.Module, dict[str, Any]]] = []
+    tried: list[tuple[float, How]] = []
     for _ in range(BISECTIONS):
-        module, how = make((low + high) / 2)
-        found = case.time(module)
-        tried.append((abs(found / budget_ms - 1), module, how))
+        how = make((low + high) / 2)
+        ratio = case.ratio(again(case, how, _maker(how)), speedup)
+        tried.append((abs(ratio - 1), how))
         if tried[-1][0] <= CLOSE / 2:
             break
-        low, high = (low, (low + high) / 2) if found > budget_ms else ((low + high) / 2, high)
-    best = min(tried, key=lambda t: t[0])
-    return best[1], best[2]
+        low, high = (low, (low + high) / 2) if ratio > 1 else ((low + high) / 2, high)
+    return min(tried, key=lambda t: t[0])[1]
 
 
-MAKERS: dict[str, Callable[[Case, float, int], tuple[nn.Module, dict[str, Any]]]] = {
-    "knapsack": knapsack,
+def _maker(how: How) -> str:
+    return "tp-uniform" if how.get("uniformly") else "other"
+
+
+MAKERS: dict[str, Callable[[Case, float, int], How]] = {
     "uniform": uniform,
+    "knapsack": knapsack,
     "random": random,
-    "tp-uniform": torch_pruning(True),
-    "tp-global": torch_pruning(False),
+    "tp-uniform": functools.partial(torch_pruning, uniformly=True),
+    "tp-global": functools.partial(torch_pruning, uniformly=False),
 }
+
+
+def plan(case: Case, arm: str, speedup: float, seed: int) -> How:
+    """What an arm's network is made from; made once for all seeds, but for random allocations. Kept as a result."""
+    if arm == "dense":
+        return {}
+    name = f"cifar10-plans/resnet{case.depth}-{arm}-{speedup:g}x" + (f"-seed{seed}" if arm == "random" else "")
+    found = record.load(name)
+    if found is None:
+        if arm != "uniform" and speedup not in case.anchors:
+            case.anchor(speedup, again(case, plan(case, "uniform", speedup, 0), "uniform"))
+        how = MAKERS[arm](case, speedup, seed)
+        record.save(name, {"how": how, "ratio": case.ratio(again(case, how, arm), speedup)})
+        return how
+    return dict(found["how"])
 
 
 # ---- running -------------------------------------------------------------------------------------------------
 
 
 def run_arm(case: Case, arm: str, speedup: float, seed: int, epochs: int) -> None:
-    """Make the network, time it, re-estimate batch norm, train; everything into one result file."""
+    """Make the network, re-estimate batch norm, train; everything into one result file."""
     name = f"cifar10/resnet{case.depth}-{arm}-{speedup:g}x-seed{seed}"
     if record.load(name) is not None:
         return
     began = time.monotonic()
     torch.manual_seed(seed)
-    module, how = case.network(arm, speedup, seed)
+    how = plan(case, arm, speedup, seed)
+    module = again(case, how, arm)
     smaller = trace(module, EXAMPLE)
-    latency_ms = case.time(module)
     settings = Settings(**{**asdict(SETTINGS), "seed": seed})
     batches = case.images.train.batches(128, shuffle_seed=10_000 + seed, augment=True)
     if arm != "dense":
@@ -242,17 +271,40 @@ def run_arm(case: Case, arm: str, speedup: float, seed: int, epochs: int) -> Non
         finetune.train(module, case.teacher(seed), train, search, epochs, settings, Path(folder))
     result = {
         "depth": case.depth, "arm": arm, "speedup": speedup, "seed": seed, "epochs": epochs, "how": how,
-        "latency_ms": latency_ms, "dense_ms": case.bench.reference_ms, "noise": case.bench.noise,
         "macs": smaller.total_macs, "dense_macs": case.graph.total_macs, "params": smaller.total_params,
         "accuracy_bn": before, "accuracy": finetune.accuracy(module, case.images.final),
         "seconds": time.monotonic() - began,
     }  # fmt: skip
     record.save(name, result)
     print(
-        f"{name}: {latency_ms:.4f} ms ({case.bench.reference_ms / latency_ms:.2f}x), {before:.2%} -> "
-        f"{result['accuracy']:.2%}, {result['seconds']:.0f} s",
+        f"{name}: {before:.2%} -> {result['accuracy']:.2%}, {result['seconds']:.0f} s",
         flush=True,
     )
+
+
+def time_results(case: Case) -> None:
+    """Time the networks of all results in turn, in one session, and write what was found into the results."""
+    paths = sorted((record.RESULTS / "cifar10").glob(f"resnet{case.depth}-*.json"))
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    distinct = {_key(r): r for r in results}
+    artifacts = [
+        case.target.export(again(case, r["how"], r["arm"]), EXAMPLE, case.folder / f"result-{at}")
+        for at, r in enumerate(distinct.values())
+    ]
+    dense, *found = measure.time_networks([case.bench.dense, *artifacts], case.target, 240.0)
+    timed = dict(zip(distinct, found, strict=True))
+    noise = measure.spread([dense, *found])
+    for path, result in zip(paths, results, strict=True):
+        own = timed[_key(result)]
+        result |= {"latency_ms": own.median_ms, "p10_ms": own.p10_ms, "p90_ms": own.p90_ms}
+        result |= {"dense_ms": dense.median_ms, "noise": noise}
+        record.save(f"cifar10/{path.stem}", result)
+        print(f"{path.stem}: {result['latency_ms']:.4f} ms ({result['dense_ms'] / result['latency_ms']:.3f}x)")
+    print(f"copies of one network differed by {noise:.2%}")
+
+
+def _key(result: Mapping[str, Any]) -> str:
+    return json.dumps([result["arm"], result["how"]], sort_keys=True)
 
 
 def summary() -> str:
@@ -275,7 +327,7 @@ def _row(depth: int, speedup: float, arm: str, runs: list[dict[str, Any]]) -> li
         wide = f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else ""
         return f"{values.mean():.2f}{wide}"
 
-    faster = float(np.mean([r["dense_ms"] / r["latency_ms"] for r in runs]))
+    faster = float(np.mean([r["dense_ms"] / r["latency_ms"] if "latency_ms" in r else np.nan for r in runs]))
     fewer = float(np.mean([r["dense_macs"] / r["macs"] for r in runs]))
     name = f"ResNet-{depth}" if arm == "dense" else f"ResNet-{depth} at {speedup:g}x"
     gain = "" if arm == "dense" else f"{faster / fewer:.2f}"
@@ -296,6 +348,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="default: 3 for ResNet-20, 1 for ResNet-56")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2, help="of training")
+    parser.add_argument("--latency", action="store_true", help="time the networks of all results again, in turn")
     parser.add_argument("--table", action="store_true", help="print the table of what there is")
     options = parser.parse_args()
     if not options.table:
@@ -306,6 +359,9 @@ def main() -> None:
         for depth in options.depth:
             case = Case(depth, options.data)
             try:
+                if options.latency:
+                    time_results(case)
+                    continue
                 for seed in range(options.seeds or (3 if depth == 20 else 1)):
                     for speedup, arm in _arms(options.arms):
                         run_arm(case, arm, speedup, seed, options.epochs)
