@@ -9,7 +9,7 @@ import numpy as np
 
 from .allocate import Candidates, Costs
 from .records import Artifact, Block, DeviceState, Fingerprint, Layer, LayerShape, Progress, Timing
-from .store import Store
+from .store import Entry, Store
 from .table import IDENTITY, Correction, LatencyTable, fit, known, summed_ms, surface, wanted, weights_mib
 from .target import Target
 from .widths import shape_at
@@ -152,6 +152,30 @@ class _Work:
         """Record the state that the device was in at the end."""
         if self.session:
             self.store.finish(self.session, self._state(), sorted(self.notes))
+
+
+@dataclass(frozen=True)
+class Again:
+    """Entries measured again: latency now over latency in the table."""
+
+    count: int
+    median: float
+    p5: float
+    p95: float
+    notes: tuple[str, ...]
+
+
+def again(entries: Sequence[Entry], target: Target) -> Again:
+    """Measure entries of a table again, in turn."""
+    if not entries:
+        return Again(0, 1.0, 1.0, 1.0, ())
+    batches = [entries[at : at + BATCH] for at in range(0, len(entries), BATCH)]
+    ratios = []
+    for batch in batches:
+        timings = target.time([e.layer for e in batch], *VISITS, INTERVAL, LAYER_S * len(batch))
+        ratios += [t.median_ms / e.timing.median_ms for t, e in zip(timings, batch, strict=True)]
+    p5, median, p95 = np.percentile(ratios, [5, 50, 95])
+    return Again(len(entries), float(median), float(p5), float(p95), tuple(target.state().notes))
 
 
 def costs(layers: Sequence[Layer], candidates: Candidates, table: LatencyTable, blocks: Sequence[Block]) -> Costs:

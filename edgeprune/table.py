@@ -21,6 +21,7 @@ from .widths import shape_at, size
 Floats = NDArray[np.float64]
 COARSE = 5  # output widths measured of every layer
 IN_COARSE, OUT_ROWS = 4, 3  # input widths, and output widths at which they are measured
+STEEP = 1.7  # of a stair, over the slope of the whole curve
 STRAIGHT = 0.02  # a curve bends where it is this far off the line between its neighbours
 
 
@@ -190,6 +191,23 @@ def between(widths: Floats, ms: Floats, choices: Sequence[int]) -> list[int]:
         inside = [c for c in choices if widths[at] < c < widths[at + 1]]
         if inside and (bends[at] or bends[at + 1]):
             found.append(inside[len(inside) // 2])
+    return found
+
+
+def jumps(widths: Sequence[int], ms: Sequence[float]) -> list[tuple[int, int]]:
+    """The stairs of a curve: pairs of neighbouring widths between which latency rises steeply.
+
+    Steep is 1.7 times what the whole curve rises over as many channels, and more than entries are uncertain.
+
+    Args:
+        widths, ms: of a curve, ascending.
+    """
+    whole = (ms[-1] - ms[0]) / max(widths[-1] - widths[0], 1)
+    found = []
+    for at in range(len(widths) - 1):
+        rise, gap = ms[at + 1] - ms[at], widths[at + 1] - widths[at]
+        if rise > STEEP * max(whole, 0.0) * gap and rise > STRAIGHT * ms[at + 1]:
+            found.append((widths[at], widths[at + 1]))
     return found
 
 
