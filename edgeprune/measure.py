@@ -10,9 +10,8 @@ import numpy as np
 from .allocate import Candidates, Costs
 from .records import Artifact, Block, DeviceState, Fingerprint, Layer, LayerShape, Progress, Timing
 from .store import Entry, Store
-from .table import IDENTITY, Correction, LatencyTable, fit, known, summed_ms, surface, wanted, weights_mib
+from .table import IDENTITY, Correction, LatencyTable, fit, known, sums, surface, wanted
 from .target import Target
-from .widths import shape_at
 
 BATCH = 12  # layers measured in turn
 INTERVAL = 0.01  # a layer is measured until the 95 % interval of its median is this narrow, relative to it
@@ -209,7 +208,7 @@ def pooled(timings: Sequence[Timing]) -> Timing:
     within = float(np.sqrt(np.mean([t.interval**2 for t in timings])))
     apart = 1.96 * float(np.std([t.median_ms for t in timings], ddof=1)) / median if len(timings) > 1 else 0.0
     interval = float(np.hypot(within, apart) / np.sqrt(len(timings)))
-    return Timing(median, p10, p90, sum(t.runs for t in timings), tuple(samples), interval)
+    return Timing(median, p10, p90, sum(t.runs for t in timings), tuple(samples), interval, median)
 
 
 def spread(timings: Sequence[Timing], copies: int = COPIES) -> float:
@@ -225,12 +224,8 @@ def spread(timings: Sequence[Timing], copies: int = COPIES) -> float:
 
 def calibrate(costs_: Costs, networks: Sequence[tuple[Mapping[str, int], float]]) -> tuple[Costs, Correction]:
     """Fit the table's correction on whole networks: (units kept, measured ms) each."""
-    present = [costs_.present(units) for units, _ in networks]
-    summed = np.array([summed_ms(p, units) for p, (units, _) in zip(present, networks, strict=True)])
-    mib = np.array(
-        [sum(weights_mib(shape_at(s.layer, units)) for s in p) for p, (units, _) in zip(present, networks, strict=True)]
-    )
-    correction = fit(summed, mib, np.array([ms for _, ms in networks]))
+    summed = np.array([sums(costs_.present(units), units) for units, _ in networks])
+    correction = fit(summed, np.array([ms for _, ms in networks]))
     table = replace(costs_.surfaces[0].table, correction=correction)
     corrected = tuple(replace(s, table=table) for s in costs_.surfaces)
     return replace(costs_, surfaces=corrected), correction
