@@ -15,7 +15,7 @@ from . import knapsack
 from .errors import UnreachableBudget, UsageError
 from .importance import Importance, kept_value
 from .records import Block, Layer, LayerShape, Plan
-from .table import IDENTITY, Correction, Surface, follows_input, predict_ms, reach, weights_mib
+from .table import IDENTITY, Correction, Surface, follows_input, layer_ms, predict_ms, reach, weights_mib
 from .widths import shape_at, size
 
 Floats = NDArray[np.float64]
@@ -48,7 +48,7 @@ class Costs:
 
     def limit(self, name: str, budget_ms: float) -> Limit:
         """This device's latency as a budget."""
-        parts = tuple(Part(s.layer, s.ins, s.outs, partial(_corrected_at, s)) for s in self.surfaces)
+        parts = tuple(Part(s.layer, s.ins, s.outs, partial(layer_ms, s)) for s in self.surfaces)
         return Limit(name, parts, self.correction.overhead_ms, budget_ms)
 
 
@@ -299,11 +299,6 @@ def _above(part: Part, out_ch: int) -> tuple[float, float]:
     costs = np.array([part.at(i, i * shape.out_ch // shape.in_ch if follows else out_ch) for i in part.ins])
     slope = float((costs[-1] - costs[0]) / max(ins[-1] - ins[0], 1.0))
     return float((costs - slope * ins).max()), slope
-
-
-def _corrected_at(surface: Surface, in_ch: int, out_ch: int) -> float:
-    c = surface.table.correction
-    return c.scale * surface.at(in_ch, out_ch) + c.per_mib_ms * weights_mib(_resized(surface.layer, in_ch, out_ch))
 
 
 def _bytes_at(layer: Layer, in_ch: int, out_ch: int) -> float:

@@ -9,10 +9,9 @@ import numpy as np
 
 from .allocate import Candidates, Costs
 from .records import Artifact, Block, DeviceState, Fingerprint, Layer, LayerShape, Progress, Timing
-from .store import Store
-from .table import IDENTITY, Correction, LatencyTable, fit, known, summed_ms, surface, wanted, weights_mib
+from .store import Entry, Store
+from .table import IDENTITY, Correction, LatencyTable, fit, known, sums, surface, wanted
 from .target import Target
-from .widths import shape_at
 
 BATCH = 12  # layers measured in turn
 INTERVAL = 0.01  # a layer is measured until the 95 % interval of its median is this narrow, relative to it
@@ -154,6 +153,30 @@ class _Work:
             self.store.finish(self.session, self._state(), sorted(self.notes))
 
 
+@dataclass(frozen=True)
+class Again:
+    """Entries measured again: latency now over latency in the table."""
+
+    count: int
+    median: float
+    p5: float
+    p95: float
+    notes: tuple[str, ...]
+
+
+def again(entries: Sequence[Entry], target: Target) -> Again:
+    """Measure entries of a table again, in turn."""
+    if not entries:
+        return Again(0, 1.0, 1.0, 1.0, ())
+    batches = [entries[at : at + BATCH] for at in range(0, len(entries), BATCH)]
+    ratios = []
+    for batch in batches:
+        timings = target.time([e.layer for e in batch], *VISITS, INTERVAL, LAYER_S * len(batch))
+        ratios += [t.median_ms / e.timing.median_ms for t, e in zip(timings, batch, strict=True)]
+    p5, median, p95 = np.percentile(ratios, [5, 50, 95])
+    return Again(len(entries), float(median), float(p5), float(p95), tuple(target.state().notes))
+
+
 def costs(layers: Sequence[Layer], candidates: Candidates, table: LatencyTable, blocks: Sequence[Block]) -> Costs:
     """What plans cost by this table."""
     surfaces = tuple(surface(table, layer, candidates) for layer in layers)
@@ -185,7 +208,7 @@ def pooled(timings: Sequence[Timing]) -> Timing:
     within = float(np.sqrt(np.mean([t.interval**2 for t in timings])))
     apart = 1.96 * float(np.std([t.median_ms for t in timings], ddof=1)) / median if len(timings) > 1 else 0.0
     interval = float(np.hypot(within, apart) / np.sqrt(len(timings)))
-    return Timing(median, p10, p90, sum(t.runs for t in timings), tuple(samples), interval)
+    return Timing(median, p10, p90, sum(t.runs for t in timings), tuple(samples), interval, median)
 
 
 def spread(timings: Sequence[Timing], copies: int = COPIES) -> float:
@@ -201,12 +224,8 @@ def spread(timings: Sequence[Timing], copies: int = COPIES) -> float:
 
 def calibrate(costs_: Costs, networks: Sequence[tuple[Mapping[str, int], float]]) -> tuple[Costs, Correction]:
     """Fit the table's correction on whole networks: (units kept, measured ms) each."""
-    present = [costs_.present(units) for units, _ in networks]
-    summed = np.array([summed_ms(p, units) for p, (units, _) in zip(present, networks, strict=True)])
-    mib = np.array(
-        [sum(weights_mib(shape_at(s.layer, units)) for s in p) for p, (units, _) in zip(present, networks, strict=True)]
-    )
-    correction = fit(summed, mib, np.array([ms for _, ms in networks]))
+    summed = np.array([sums(costs_.present(units), units) for units, _ in networks])
+    correction = fit(summed, np.array([ms for _, ms in networks]))
     table = replace(costs_.surfaces[0].table, correction=correction)
     corrected = tuple(replace(s, table=table) for s in costs_.surfaces)
     return replace(costs_, surfaces=corrected), correction

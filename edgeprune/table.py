@@ -21,25 +21,28 @@ from .widths import shape_at, size
 Floats = NDArray[np.float64]
 COARSE = 5  # output widths measured of every layer
 IN_COARSE, OUT_ROWS = 4, 3  # input widths, and output widths at which they are measured
+STEEP = 1.7  # of a stair, over the slope of the whole curve
 STRAIGHT = 0.02  # a curve bends where it is this far off the line between its neighbours
 
 
 @dataclass(frozen=True)
 class Correction:
-    """From summed layers to a whole network: overhead_ms + scale * sum + per_mib_ms * weights in MiB.
+    """From summed layers to a whole network.
 
-    The errors are relative, of networks that the numbers were not fitted on.
+    overhead_ms + scale * (sum of layers) + warm_scale * (sum of layers, warm) + per_mib_ms * (weights in MiB). The
+    errors are relative, of networks that the numbers were not fitted on.
     """
 
     overhead_ms: float
     scale: float
+    warm_scale: float
     per_mib_ms: float
     networks: int
     median_error: float
     worst_error: float
 
 
-IDENTITY = Correction(0.0, 1.0, 0.0, 0, float("nan"), float("nan"))
+IDENTITY = Correction(0.0, 1.0, 0.0, 0.0, 0, float("nan"), float("nan"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +72,12 @@ class Surface:
     ins: tuple[int, ...]  # input widths that plans may choose, ascending
     outs: tuple[int, ...]  # output widths, ascending
     table: LatencyTable
+    state: str = "median_ms"  # which of a timing's two latencies: "median_ms" or "warm_ms"
+
+    @cached_property
+    def warm(self) -> Surface:
+        """The same with every layer's weights in the processor's own cache."""
+        return replace(self, state="warm_ms")
 
     def at(self, in_ch: int, out_ch: int) -> float:
         """Milliseconds; 0 for a layer that is gone. Between the widths of plans, an output counts as the next one up.
@@ -88,7 +97,7 @@ class Surface:
             )
         if follows_input(self.layer):
             return float(np.interp(in_ch, *self.curve))
-        return float(np.interp(out, *self.curve)) * self._ratio(in_ch, out)
+        return self._at_input(in_ch, float(np.interp(out, *self.curve)))
 
     @cached_property
     def curve(self) -> tuple[Floats, Floats]:
@@ -107,26 +116,31 @@ class Surface:
     def ms_at(self, in_ch: int, out_ch: int) -> float | None:
         """What was measured at exactly these widths, if anything."""
         timing = self.table.timings.get(_shape(self.layer, in_ch, out_ch))
-        return timing.median_ms if timing is not None else None
+        return float(getattr(timing, self.state)) if timing is not None else None
 
-    def _ratio(self, in_ch: int, out_ch: int) -> float:
-        """Of the latency at this input width to that at the full one."""
-        widths, rows = self._rows
-        return float(np.interp(out_ch, widths, [np.interp(in_ch, *row) for row in rows]))
+    def _at_input(self, in_ch: int, full_ms: float) -> float:
+        """Latency at an input width, of an output width that takes `full_ms` at the full one.
+
+        At each input width it is nearly linear in `full_ms`, whatever the staircase looks like: latency is a constant
+        and a part that grows with input channels times output steps.
+        """
+        full, rows = self._rows
+        inside = float(np.clip(full_ms, full[0], full[-1]))
+        return float(np.interp(inside, full, [np.interp(in_ch, *row) for row in rows])) * full_ms / inside
 
     @cached_property
     def _rows(self) -> tuple[Floats, list[tuple[Floats, Floats]]]:
-        """Output widths, and for each: measured input widths and their latency relative to the full one."""
-        widths, rows = [], []
+        """For some output widths: milliseconds at the full input width, ascending; input widths and milliseconds."""
+        found = []
         for out in self.outs:
-            full = self.ms_at(self.ins[-1], out)
-            known = [(i, ms) for i in self.ins if (ms := self.ms_at(i, out)) is not None]
-            if full is not None and known[0][0] == self.ins[0]:
-                widths.append(out)
-                rows.append((np.array([i for i, _ in known], float), np.array([ms / full for _, ms in known])))
-        if not rows:
+            points = [(i, ms) for i in self.ins if (ms := self.ms_at(i, out)) is not None]
+            if points and points[0][0] == self.ins[0] and points[-1][0] == self.ins[-1]:
+                widths, ms = np.array(points, dtype=float).T
+                found.append((float(ms[-1]), widths, ms))
+        if not found:
             self.table.median_ms(_shape(self.layer, self.ins[0], self.outs[-1]))
-        return np.array(widths, float), rows
+        found.sort(key=lambda row: row[0])
+        return np.array([row[0] for row in found]), [(widths, ms) for _, widths, ms in found]
 
 
 def surface(table: LatencyTable, layer: Layer, candidates: Mapping[str, Sequence[int]]) -> Surface:
@@ -193,6 +207,23 @@ def between(widths: Floats, ms: Floats, choices: Sequence[int]) -> list[int]:
     return found
 
 
+def jumps(widths: Sequence[int], ms: Sequence[float]) -> list[tuple[int, int]]:
+    """The stairs of a curve: pairs of neighbouring widths between which latency rises steeply.
+
+    Steep is 1.7 times what the whole curve rises over as many channels, and more than entries are uncertain.
+
+    Args:
+        widths, ms: of a curve, ascending.
+    """
+    whole = (ms[-1] - ms[0]) / max(widths[-1] - widths[0], 1)
+    found = []
+    for at in range(len(widths) - 1):
+        rise, gap = ms[at + 1] - ms[at], widths[at + 1] - widths[at]
+        if rise > STEEP * max(whole, 0.0) * gap and rise > STRAIGHT * ms[at + 1]:
+            found.append((widths[at], widths[at + 1]))
+    return found
+
+
 def follows_input(layer: Layer) -> bool:
     """Depthwise convolutions, whole cut groups, pooling ...: one width, not two."""
     return bool(layer.groups_width.terms) or layer.shape.op not in ("conv", "conv_transpose", "linear")
@@ -241,9 +272,28 @@ def weights_mib(shape: LayerShape) -> float:
     return shape.in_ch * shape.out_ch * kernel / max(shape.conv_groups, 1) * 4 / 2**20
 
 
+def layer_ms(one: Surface, in_ch: int, out_ch: int) -> float:
+    """A layer's share of a whole network's latency: its entry with the table's correction."""
+    c = one.table.correction
+    cold = c.scale * one.at(in_ch, out_ch) if c.scale else 0.0
+    warm = c.warm_scale * one.warm.at(in_ch, out_ch) if c.warm_scale else 0.0
+    return cold + warm + c.per_mib_ms * weights_mib(_shape(one.layer, in_ch, out_ch))
+
+
+def sums(surfaces: Iterable[Surface], units: Mapping[str, int]) -> tuple[float, float, float]:
+    """Of a plan's layers, without correction: milliseconds, milliseconds warm, MiB of weights."""
+    rows = [(0.0, 0.0, 0.0)]
+    for s in surfaces:
+        shape = shape_at(s.layer, units)
+        widths = shape.in_ch, shape.out_ch
+        rows.append((s.at(*widths), s.warm.at(*widths), weights_mib(shape)))
+    cold, warm, mib = (sum(column) for column in zip(*rows, strict=True))
+    return cold, warm, mib
+
+
 def summed_ms(surfaces: Iterable[Surface], units: Mapping[str, int]) -> float:
     """Layer by layer, without correction."""
-    return sum(s.at(shape.in_ch, shape.out_ch) for s in surfaces for shape in (shape_at(s.layer, units),))
+    return sums(surfaces, units)[0]
 
 
 def predict_ms(surfaces: Sequence[Surface], units: Mapping[str, int]) -> float:
@@ -251,39 +301,37 @@ def predict_ms(surfaces: Sequence[Surface], units: Mapping[str, int]) -> float:
     if not surfaces:
         return 0.0
     c = surfaces[0].table.correction
-    mib = sum(weights_mib(shape_at(s.layer, units)) for s in surfaces)
-    return c.overhead_ms + c.scale * summed_ms(surfaces, units) + c.per_mib_ms * mib
+    cold, warm, mib = sums(surfaces, units)
+    return c.overhead_ms + c.scale * cold + c.warm_scale * warm + c.per_mib_ms * mib
 
 
-def fit(summed: Floats, mib: Floats, measured_ms: Floats) -> Correction:
+def fit(summed: Floats, measured_ms: Floats) -> Correction:
     """The correction that explains whole networks, and its error on each when fitted on the others.
 
     Args:
-        summed: table sums, (networks,).
-        mib: weights, (networks,).
+        summed: what `sums` gives for each, (networks, 3).
         measured_ms: end to end, (networks,).
     """
-    numbers = _least_squares(summed, mib, measured_ms)
+    numbers = _least_squares(summed, measured_ms)
     errors = []
     for left_out in range(len(measured_ms)):
         rest = np.arange(len(measured_ms)) != left_out
         if rest.sum() < 3:
             continue
-        o, s, m = _least_squares(summed[rest], mib[rest], measured_ms[rest])
-        predicted = o + s * summed[left_out] + m * mib[left_out]
+        overhead, *scales = _least_squares(summed[rest], measured_ms[rest])
+        predicted = overhead + float(np.dot(scales, summed[left_out]))
         errors.append(abs(predicted / measured_ms[left_out] - 1))
     worst, median = (max(errors), float(np.median(errors))) if errors else (float("nan"), float("nan"))
     return Correction(*numbers, len(measured_ms), median, worst)
 
 
-def _least_squares(summed: Floats, mib: Floats, measured_ms: Floats) -> tuple[float, float, float]:
+def _least_squares(summed: Floats, measured_ms: Floats) -> tuple[float, float, float, float]:
     """Non-negative least squares of relative errors."""
     from scipy.optimize import nnls
 
-    columns = np.stack([np.ones_like(summed), summed, mib], axis=1)[:, : min(3, len(summed))]
-    if len(summed) < 3:
-        return 0.0, float(np.median(measured_ms / summed)), 0.0
-    found, _ = nnls(columns / measured_ms[:, None], np.ones_like(measured_ms))
-    if found[1] <= 0:  # the sum must count, or plans could not be told apart
-        return 0.0, float(np.median(measured_ms / summed)), 0.0
-    return float(found[0]), float(found[1]), float(found[2])
+    if len(summed) >= 3:
+        columns = np.concatenate([np.ones((len(summed), 1)), summed], axis=1)
+        found, _ = nnls(columns / measured_ms[:, None], np.ones_like(measured_ms))
+        if found[1] + found[2] > 0:  # the sum must count, or plans could not be told apart
+            return float(found[0]), float(found[1]), float(found[2]), float(found[3])
+    return 0.0, float(np.median(measured_ms / summed[:, 0])), 0.0, 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import openvino.opset13 as ops
 
 from . import machine, timing
 
-METHOD = "1: weights cold, input warm"  # how layers are timed: entries of one method do not mix with another's
+METHOD = "1: weights cold, and all warm"  # how layers are timed: entries of one method do not mix with another's
 TYPES = {"f32": np.float32, "bf16": np.float32, "f16": np.float32}  # inputs and weights; the runtime converts inside
 ACTIVATIONS: dict[str, Callable[..., Any]] = {
     "relu": ops.relu,
@@ -37,7 +37,7 @@ class Program:
         self.core = ov.Core()
         self.threads = 1
         self.config: dict[str, Any] = {}
-        self.call_ms = 0.0
+        self.calls_ms = [0.0, 0.0]
         self.other_data = np.zeros(2 * machine.private_cache_bytes() // 4, dtype=np.float32)
 
     def calls(self) -> dict[str, Callable[..., Any]]:
@@ -56,8 +56,8 @@ class Program:
             "ENABLE_CPU_PINNING": False,
         }
         x = ops.parameter([1, 16], np.float32)
-        nothing = self._compiled(ov.Model([ops.relu(x)], [x]), alone=True)
-        self.call_ms = timing.in_turn([nothing], threads, 30, 60, 0.01, 1.0)[0]["median_ms"]
+        nothing = self._both_ways(ov.Model([ops.relu(x)], [x]))
+        self.calls_ms = [found["median_ms"] for found in timing.in_turn(nothing, threads, 30, 60, 0.01, 1.0)]
         described = machine.describe()
         described["processor"] = self.core.get_property("CPU", "FULL_DEVICE_NAME").strip()
         described["method"] = METHOD
@@ -81,20 +81,17 @@ class Program:
 
         What the call itself takes is taken off layers, not off models: an application pays it once.
         """
-        runs = []
+        runs: list[timing.Run] = []
         for at, item in enumerate(items):
-            alone = "layer" in item
-            model = layer_model(item["layer"]) if alone else self.core.read_model(item["model"])
-            runs.append(self._compiled(model, alone))
-            event({"compiled": at + 1, "of": len(items)})
-        befores = [before(item["layer"]) if "layer" in item else None for item in items]
-        runs += [self._compiled(model, True) for model in befores if model is not None]
-        timings = timing.in_turn(runs, self.threads, least, most, interval, budget_s)
-        before_ms = iter([found["median_ms"] for found in timings[len(items) :]])
-        timings = timings[: len(items)]
-        for item, model, found in zip(items, befores, timings):
             if "layer" in item:
-                timing.take_off(found, self.call_ms if model is None else next(before_ms))
+                runs += self._both_ways(layer_model(item["layer"]))
+                around = before(item["layer"])
+                runs += self._both_ways(around) if around is not None else []
+            else:
+                runs.append(self._compiled(self.core.read_model(item["model"])))
+            event({"compiled": at + 1, "of": len(items)})
+        found = iter(timing.in_turn(runs, self.threads, least, most, interval, budget_s))
+        timings = [self._layer_timing(item["layer"], found) if "layer" in item else next(found) for item in items]
         return {"timings": timings, "state": machine.state(), "peak_memory_bytes": machine.peak_memory_bytes()}
 
     def run(self, event: Callable[[Any], None], path: str, inputs: list[str], output: str) -> dict[str, Any]:
@@ -116,13 +113,8 @@ class Program:
         np.save(output, np.concatenate(results))
         return {"count": len(arrays[0]), "peak_memory_bytes": machine.peak_memory_bytes()}
 
-    def _compiled(self, model: Any, alone: bool) -> timing.Run:
-        """Compiled and warm.
-
-        What is timed alone gets the caches as they are inside a network before each run: its weights were pushed out
-        of the processor's own cache by those of other layers, its input was written just now. With everything warm,
-        layers with many weights read up to 40 % too fast; with everything cold, early layers read too slow.
-        """
+    def _compiled(self, model: Any) -> timing.Run:
+        """Compiled, warm, its inputs set."""
         compiled = self.core.compile_model(model, "CPU", self.config)
         request = compiled.create_infer_request()
         random = np.random.RandomState(0)
@@ -131,14 +123,31 @@ class Program:
             request.set_tensor(port, ov.Tensor(data))
         for _ in range(3):
             request.infer()
-        inputs = [request.get_tensor(port).data for port in compiled.inputs]
+        return timing.Run(request.infer, None, [request.get_tensor(port).data for port in compiled.inputs])
+
+    def _both_ways(self, model: Any) -> list[timing.Run]:
+        """What is timed alone is timed twice: with the caches as inside a large network, and as inside a tiny one.
+
+        In a large network, a layer's weights were pushed out of the processor's own cache by those of other layers,
+        and its input was written just now. With everything warm, layers with many weights read up to 40 % too fast;
+        with everything cold, early layers read too slow. Where a whole network fits into that cache, all is warm.
+        """
+        warm = self._compiled(model)
 
         def prepare() -> None:
             np.add(self.other_data, 1, out=self.other_data)
-            for data in inputs:
+            for data in warm.inputs:
                 data.fill(1)
 
-        return timing.Run(request.infer, prepare if alone else None)
+        return [warm._replace(prepare=prepare), warm]
+
+    def _layer_timing(self, layer: dict[str, Any], found: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        """Without what the call takes, or what the model holds around the layer."""
+        cold, warm = next(found), next(found)
+        around = [next(found)["median_ms"], next(found)["median_ms"]] if before(layer) is not None else self.calls_ms
+        timing.take_off(cold, around[0])
+        timing.take_off(warm, around[1])
+        return dict(cold, warm_ms=warm["median_ms"])
 
 
 # ---- layers --------------------------------------------------------------------------------------------------

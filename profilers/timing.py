@@ -21,6 +21,7 @@ class Run(NamedTuple):
 
     run: Callable[[], Any]
     prepare: Callable[[], Any] | None
+    inputs: Sequence[Any]  # arrays that it reads
 
 
 def in_turn(
@@ -41,7 +42,8 @@ def in_turn(
         interval: stop one when the 95 % interval of its median is this narrow, relative to the median.
         budget_s: stop after this long in any case, once each has `min_visits`, disturbed ones included.
     Returns:
-        For each: median_ms, p10_ms, p90_ms, runs, samples_ms (one a visit), interval (reached), disturbed (visits).
+        For each: median_ms, p10_ms, p90_ms, runs, samples_ms (one a visit), interval (reached), disturbed (visits),
+        warm_ms (the median again: what is timed in one way only is warm).
     """
     order = np.random.RandomState(seed)
     visits: list[list[tuple[float, bool]]] = [[] for _ in runs]  # (milliseconds, undisturbed)
@@ -117,5 +119,6 @@ def _summary(samples: list[float], runs: int, disturbed: int) -> dict[str, Any]:
         "runs": runs,
         "samples_ms": samples,
         "interval": width(samples),
+        "warm_ms": median,
         "disturbed": disturbed,
     }

@@ -10,12 +10,13 @@ import typer
 from .. import api, budgets, config, files, project
 from ..errors import ConfigError, MissedError, UsageError
 from ..runs import Run
-from . import compressing, explaining, show
+from . import compressing, explaining, show, tables
 from .progress import Bars, console
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 targets_app = typer.Typer(invoke_without_command=True, help="List the targets, or check one.")
 app.add_typer(targets_app, name="targets")
+app.add_typer(tables.app, name="table")
 
 RUNS = "runs"  # beside edgeprune.toml
 
