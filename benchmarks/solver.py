@@ -62,8 +62,9 @@ def _each(names: list[str] | tuple[str, ...], folder: str, do: Any) -> None:
         target.close()
 
 
-def costs_of(graph: ModelGraph, target: Target, least_share: float) -> tuple[Costs, measure.Filled]:
-    candidates = widths.candidates(graph.groups, least_share)
+def costs_of(graph: ModelGraph, target: Target) -> tuple[Costs, measure.Filled]:
+    """16 widths a group, or as many as its channels allow."""
+    candidates = widths.candidates(graph.groups, least_share=0.0)
     layers = measure.timed(graph.layers, target)
     table, filled = measure.fill(layers, candidates, target, store.Store(store.default_path()))
     return measure.costs(layers, candidates, table, ()), filled
@@ -75,7 +76,7 @@ def costs_of(graph: ModelGraph, target: Target, least_share: float) -> tuple[Cos
 def figures(network: Network, target: Target) -> dict[str, Any]:
     module = network.build()
     graph = trace(module, network.example())
-    costs, filled = costs_of(graph, target, least_share=0.0)
+    costs, filled = costs_of(graph, target)
     scores = importance.score(module, graph.groups)
     problem = allocate.problem_of(costs, scores)
     dense_ms = costs.predict_ms(costs.dense)
@@ -138,7 +139,7 @@ def compress(network: Network, target: Target) -> dict[str, Any]:
     """Cut without training; the last word is a measurement of its own, of all the networks in turn."""
     module = network.build()
     graph = trace(module, network.example())
-    costs, _ = costs_of(graph, target, least_share=0.1)
+    costs, _ = costs_of(graph, target)
     scores = importance.score(module, graph.groups)
     folder = Path(tempfile.mkdtemp(prefix="edgeprune-solver-"))
     try:

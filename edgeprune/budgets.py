@@ -14,6 +14,7 @@ from .errors import BudgetError
 from .records import Budget
 
 Numbers = float | Sequence[float] | Mapping[str, float]
+FORMS = "write one number (8), several (8,6,4), or one for each target (cpu=8,pi=20)"
 KINDS = "a latency in milliseconds (--latency-ms 8) or a speed-up (--speedup 2)"
 
 
@@ -37,10 +38,7 @@ def parse(text: str) -> Numbers:
             return {name.strip(): float(number) for name, _, number in (part.partition("=") for part in parts)}
         numbers = tuple(float(part) for part in parts)
     except ValueError:
-        raise BudgetError(
-            f"a budget of {text!r} cannot be read: write one number (8), several (8,6,4), or one for each target "
-            "(cpu=8,pi=20)"
-        ) from None
+        raise BudgetError(f"a budget of {text!r} cannot be read: {FORMS}") from None
     return numbers if len(numbers) > 1 else numbers[0]
 
 

@@ -16,6 +16,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainValidator,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -24,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from . import budgets
 from .errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -93,6 +95,22 @@ class TargetSection(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
     kind: str = Field(description="a file in targets/")
+
+
+def _numbers(value: Any) -> budgets.Numbers:
+    if isinstance(value, str):
+        return budgets.parse(value)
+    numbers = (
+        list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
+    )
+    if not numbers or not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
+        raise ValueError("write one number (8), several ([8, 6, 4]), or one for each target ({ cpu = 8, pi = 20 })")
+    if isinstance(value, Mapping):
+        return {str(name): float(n) for name, n in value.items()}
+    return tuple(map(float, numbers)) if isinstance(value, list | tuple) else float(value)
+
+
+Numbers = Annotated[budgets.Numbers, PlainValidator(_numbers)]
 
 
 class CompressSection(Section):

@@ -7,8 +7,12 @@ is split into one variable for each choice of the output. Solved with HiGHS.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from string import ascii_lowercase
 from typing import Any
@@ -233,13 +237,14 @@ class Program:
         scale = max(float(np.abs(objective).max(initial=0.0)), 1e-12)
         upper = np.ones(self.columns)
         upper[: self.binary] = allowed
-        result = milp(
-            objective / scale,
-            constraints=rows.constraint(self.columns),
-            bounds=Bounds(np.concatenate(self._lower), upper),
-            integrality=integral * (np.arange(self.columns) < self.binary),
-            options={"mip_rel_gap": gap, "time_limit": time_limit_s},
-        )
+        with _stdout_kept_clean():
+            result = milp(
+                objective / scale,
+                constraints=rows.constraint(self.columns),
+                bounds=Bounds(np.concatenate(self._lower), upper),
+                integrality=integral * (np.arange(self.columns) < self.binary),
+                options={"mip_rel_gap": gap, "time_limit": time_limit_s},
+            )
         if result.fun is not None:
             result.fun *= scale
         if result.mip_dual_bound is not None:
@@ -285,6 +290,20 @@ class _Rows:
         )
         matrix = csr_matrix(places, shape=(len(entries), columns))
         return LinearConstraint(matrix, np.concatenate(self._low), np.concatenate(self._high))
+
+
+@contextmanager
+def _stdout_kept_clean() -> Iterator[None]:
+    """HiGHS prints a line now and then whatever it is told: send it to standard error, for results go to the other."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # what the C library holds back is written before the way back is opened
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _merged_terms(costs: Sequence[Cost]) -> dict[tuple[int, ...], Floats]:

@@ -130,7 +130,13 @@ def test_a_pickle_that_holds_more_than_tensors_is_refused_without_running_it(
         (["--latency-ms", "-3"], 2, "a budget of -3 ms makes no sense"),
         (["--speedup", "1"], 2, "a speed-up of 1 asks for nothing"),
         (["--latency-ms", "1", "--speedup", "2"], 2, "give one budget"),
-        (["--set", "compress.speedup=none"], 2, "compress.speedup: write one number (8), several ([8, 6, 4])"),
+        (["--set", "compress.speedup=none"], 2, "a budget of 'none' cannot be read: write one number (8), several"),
+        (["--set", "compress.speedup=[true]"], 2, "compress.speedup: write one number (8), several ([8, 6, 4])"),
+        (["--latency-ms", "8,six"], 2, "a budget of '8,six' cannot be read: write one number (8), several (8,6,4)"),
+        (["--latency-ms", "8,8"], 2, "the same budget is given twice; nested plans need different ones"),
+        (["--latency-ms", "8,-1"], 2, "a budget of -1 ms makes no sense"),
+        (["--latency-ms", "cpu=8,pi=9"], 2, "there are budgets for cpu, pi and the targets are cpu: give each"),
+        (["--target", "cpu,pi", "--latency-ms", "8,6"], 2, "give each target one: cpu=8,pi=6"),
         (["--set", "nonsense"], 2, "'nonsense' is no override; write section.key=value"),
         (["--target", "moon"], 2, "there is no target 'moon'; edgeprune.toml has cpu"),
         (["--no-such-option"], 2, "No such option"),
@@ -196,7 +202,7 @@ def test_importing_edgeprune_loads_neither_torch_nor_a_runtime() -> None:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["--help"]) == 0
     text = capsys.readouterr().out
-    for name in ("init", "targets", "inspect", "profile", "compress", "export", "verify", "flash", "report"):
+    for name in ("init", "targets", "inspect", "profile", "compress", "explain", "export", "verify", "flash", "report"):
         assert name in text
 
 

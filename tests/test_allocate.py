@@ -1,0 +1,201 @@
+"""From networks to plans, on made-up latencies: against trying every plan, and against the cut networks themselves."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edgeprune import allocate, importance, measure, series, surgery, widths
+from edgeprune.allocate import Costs
+from edgeprune.errors import UnreachableBudget
+from edgeprune.explain import free_speed, stairs
+from edgeprune.graph import ModelGraph, trace
+from edgeprune.importance import Importance
+from edgeprune.records import Fingerprint, LayerShape, Timing
+from edgeprune.table import IDENTITY, Correction, LatencyTable, surface, wanted
+
+DEVICE = Fingerprint("made-up", "none", "none", "f32", 1, ())
+Units = Mapping[str, int]
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.one, self.two = nn.Conv2d(16, 24, 3, padding=1), nn.Conv2d(24, 16, 3, padding=1)
+        self.last, self.fc = nn.Conv2d(16, 32, 3, stride=2), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.two(torch.relu(self.one(x))))
+        return self.fc(torch.relu(self.last(x)).mean((2, 3)))
+
+
+class Concat(nn.Module):
+    """Four branches meet before a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Conv2d(3, 8 + 8 * i, 1 + 2 * (i % 2), padding=i % 2) for i in range(4))
+        self.norm = nn.BatchNorm2d(80)
+        self.join, self.fc = nn.Conv2d(80, 16, 1), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined = torch.cat([branch(x) for branch in self.branches], dim=1)
+        return self.fc(torch.relu(self.join(torch.relu(self.norm(joined)))).mean((2, 3)))
+
+
+def milliseconds(shape: LayerShape, step: int) -> float:
+    """A staircase in output channels, concave in input channels."""
+    kernel = math.prod(shape.kernel) if shape.kernel else 1
+    out = -(-shape.out_ch // step) * step
+    return 0.01 + 1e-4 * kernel * out * (shape.in_ch / max(shape.conv_groups, 1)) ** 0.8
+
+
+def made_up(
+    net: nn.Module, choices: int, step: int = 8, blocks: bool = False, correction: Correction = IDENTITY
+) -> tuple[ModelGraph, Costs, Importance]:
+    """A network with latencies from a formula: its groups take `choices` widths each."""
+    torch.manual_seed(0)
+    graph = trace(net.eval(), torch.randn(1, 3, 8, 8))
+    dropped = graph.blocks if blocks else ()
+    candidates = {
+        g: tuple(w for w in all_ if not w) + tuple(w for w in all_ if w)[-1 :: -(len(all_) // choices)][:choices][::-1]
+        for g, all_ in widths.candidates(graph.groups, 0.0, (), dropped).items()
+    }
+    entries: dict[LayerShape, Timing] = {}
+    table = LatencyTable(DEVICE, entries, correction)
+    while missing := [s for layer in graph.layers for s in wanted(surface(table, layer, candidates))]:
+        entries |= {shape: timing(milliseconds(shape, step)) for shape in missing}
+        table = LatencyTable(DEVICE, entries, correction)
+    return graph, measure.costs(graph.layers, candidates, table, dropped), importance.score(net, graph.groups)
+
+
+def timing(ms: float) -> Timing:
+    return Timing(ms, ms, ms, 9, (), 0.0)
+
+
+def plans(costs: Costs) -> list[Units]:
+    """All that respect the blocks: a block's groups vanish together."""
+    found = []
+    for choice in itertools.product(*costs.candidates.values()):
+        units = dict(zip(costs.candidates, choice, strict=True))
+        if all(len({units[g] == 0 for g in block.groups}) == 1 for block in costs.blocks):
+            found.append(units)
+    return found
+
+
+def value(scores: Importance, units: Units) -> float:
+    return sum(float(np.sort(scores[g])[::-1][:w].sum()) for g, w in units.items())
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_plan_is_the_best_of_all_plans_by_the_networks_own_prediction(blocks: bool) -> None:
+    correction = Correction(0.02, 1.1, 0.5, 5, 0.01, 0.02)
+    _, costs, scores = made_up(Residual(), choices=4, blocks=blocks, correction=correction)
+    every = plans(costs)
+    latencies = [costs.predict_ms(units) for units in every]
+    assert any(0 in units.values() for units in every) == blocks
+    for share in (0.2, 0.4, 0.6, 0.8):
+        budget = min(latencies) + share * (max(latencies) - min(latencies))
+        best = max(value(scores, units) for units, ms in zip(every, latencies, strict=True) if ms <= budget)
+        plan = allocate.solve(costs, scores, budget, gap=1e-9)
+        assert plan.value == pytest.approx(best, abs=1e-6)
+        assert plan.predicted_ms <= budget * (1 + 1e-12)
+
+
+def test_a_concat_of_many_groups_never_makes_a_plan_dearer_than_it_was_priced() -> None:
+    """Its cost is taken as linear in the sum of its inputs; the line lies nowhere below the curve."""
+    _, costs, scores = made_up(Concat(), choices=6)
+    assert math.prod(map(len, costs.candidates.values())) > allocate.PRODUCTS
+    dense = costs.predict_ms(costs.dense)
+    floor = allocate.floor(costs).predicted_ms
+    for share in np.linspace(0.05, 0.98, 20):
+        budget = floor + share * (dense - floor)
+        plan = allocate.solve(costs, scores, budget)
+        assert plan.predicted_ms <= budget * (1 + 1e-12)
+        assert plan.predicted_ms >= 0.8 * budget  # and the line is not far above
+
+
+@pytest.mark.parametrize("strategy", ["knapsack", "uniform", "random"])
+def test_two_devices_with_different_staircases_are_satisfied_at_once(strategy: str) -> None:
+    _, coarse, scores = made_up(Residual(), choices=4, step=16)
+    _, fine, _ = made_up(Residual(), choices=4, step=4)
+    budgets = [0.5 * coarse.predict_ms(coarse.dense), 0.45 * fine.predict_ms(fine.dense)]
+    plan = allocate.allocate(strategy, coarse, scores, budgets[0], 0, [fine.limit("latency on fine in ms", budgets[1])])
+    found = [costs.predict_ms(plan.widths) for costs in (coarse, fine)]
+    assert all(ms <= budget * (1 + 1e-12) for ms, budget in zip(found, budgets, strict=True))
+    if strategy == "knapsack":
+        best = max(
+            value(scores, units)
+            for units in plans(coarse)
+            if coarse.predict_ms(units) <= budgets[0] and fine.predict_ms(units) <= budgets[1]
+        )
+        assert plan.value == pytest.approx(best, rel=1e-3)
+
+
+def test_a_predicted_size_is_that_of_the_cut_networks_weights() -> None:
+    net = Residual()
+    graph, costs, scores = made_up(net, choices=4)
+    dense_bytes = 4 * graph.total_params
+    limit = allocate.size_limit(graph.layers, costs.candidates, dense_bytes, 0.4 * dense_bytes)
+    plan = allocate.solve(costs, scores, 10.0, [limit])
+    cut = surgery.cut(net, graph, importance.best(scores, plan.widths))
+    weights = 4 * sum(p.numel() for p in cut.parameters() if p.dim() > 1)
+    biases = 4 * sum(p.numel() for p in net.parameters() if p.dim() == 1)  # taken as they were: an upper bound
+    assert limit.predict(plan.widths, ()) == pytest.approx(weights + biases)
+    assert 0.3 * dense_bytes < weights + biases <= 0.4 * dense_bytes
+
+
+def test_a_size_that_no_plan_reaches_is_refused_with_the_least() -> None:
+    graph, costs, scores = made_up(Residual(), choices=4)
+    limit = allocate.size_limit(graph.layers, costs.candidates, 4 * graph.total_params, 100.0)
+    with pytest.raises(UnreachableBudget, match=r"size in bytes: the cheapest choice of widths costs \d+.*is 100"):
+        allocate.solve(costs, scores, 10.0, [limit])
+    with pytest.raises(UnreachableBudget, match=r"size in bytes \d+.*, the budget is 100"):
+        allocate.allocate("uniform", costs, scores, 10.0, 0, [limit])
+
+
+def test_plans_of_falling_budgets_are_nested_and_worth_what_they_can_be() -> None:
+    _, costs, scores = made_up(Residual(), choices=6)
+    dense = costs.predict_ms(costs.dense)
+    budgets = [share * dense for share in (0.8, 0.6, 0.4)]
+    curve = series.curve(costs, scores, "knapsack", budgets, seed=0)
+    assert [p.budget_ms for p in curve] == budgets
+    assert all(p.predicted_ms <= p.budget_ms * (1 + 1e-12) for p in curve)
+    assert all(p.gap <= 1e-3 for p in curve)
+    assert all(a.kept >= b.kept for a, b in itertools.pairwise(curve))
+    assert curve[0].kept == pytest.approx(curve[0].alone)
+    assert all(p.kept <= p.alone * (1 + 1e-3) for p in curve)
+    left, every = costs, []
+    for budget in budgets:
+        every.append(allocate.solve(left, scores, budget).widths)
+        left = allocate.at_most(costs, every[-1])
+    assert all(small[g] <= large[g] for large, small in itertools.pairwise(every) for g in small)
+    keeps = [importance.best(scores, units) for units in every]
+    assert all(
+        set(small[g]) <= set(large.get(g, small[g])) for large, small in itertools.pairwise(keeps) for g in small
+    )
+
+
+def test_a_width_stands_on_its_staircase() -> None:
+    curve = {16: 1.0, 24: 1.0, 32: 1.0, 40: 2.0, 48: 2.0, 56: 3.0}
+    middle = stairs(curve, 40)
+    assert (middle.at, middle.wider, middle.narrower) == (40, 48, 32)
+    assert (middle.at_ms, middle.narrower_ms) == (2.0, 1.0)
+    assert free_speed(middle)  # half the latency for a fifth of the channels
+    lowest = stairs(curve, 16)
+    assert (lowest.wider, lowest.narrower) == (32, 16)
+    assert not free_speed(lowest)
+
+
+def test_on_a_straight_line_no_step_is_free() -> None:
+    line = stairs({w: 0.1 * w for w in range(8, 72, 8)}, 40)
+    assert (line.wider, line.narrower) == (40, 32)
+    assert not free_speed(line)
