@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from edgeprune import proof, surgery
 from edgeprune.graph import ModelGraph, as_call, trace
 
-CHECK_S = 2.0  # as many groups are cut one by one as fit: each costs about as much as tracing and cutting
-LARGEST_SAMPLE = 8
+CHECK_S = 1.5  # as many groups are cut one by one as fit: each costs about as much as tracing and cutting
+LARGEST_SAMPLE = 6
 
 
 def edgeprune_on(model: nn.Module, example: Any, all_groups: bool) -> dict[str, Any]:

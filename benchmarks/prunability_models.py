@@ -23,7 +23,7 @@ TESTS = Path(__file__).resolve().parent.parent / "tests"
 CLASSIFIERS = """
 resnet18 vgg11_bn densenet121 mobilenet_v2 mobilenet_v3_small shufflenet_v2_x0_5 squeezenet1_1 efficientnet_b0
 efficientnet_v2_s regnet_x_400mf regnet_y_400mf resnext50_32x4d wide_resnet50_2 mnasnet0_5 googlenet inception_v3
-convnext_tiny swin_t swin_v2_t maxvit_t vit_b_32 alexnet
+convnext_tiny swin_t alexnet vit_b_32 swin_v2_t maxvit_t
 """.split()  # one of each architecture first; the others follow
 SEGMENTATION = """
 lraspp_mobilenet_v3_large deeplabv3_mobilenet_v3_large fcn_resnet50 deeplabv3_resnet50 fcn_resnet101 deeplabv3_resnet101
