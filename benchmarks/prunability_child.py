@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from edgeprune import proof, surgery
 from edgeprune.graph import ModelGraph, as_call, trace
 
-CHECK_S = 1.5  # as many groups are cut one by one as fit: each costs about as much as tracing and cutting
+CHECK_S = 0.6  # as many groups are cut one by one as fit: each costs about as much as tracing and cutting
 LARGEST_SAMPLE = 6
 
 
