@@ -55,10 +55,11 @@ def edgeprune_on(model: nn.Module, example: Any, all_groups: bool) -> dict[str, 
 
 
 def _reasons(graph: ModelGraph) -> list[list[Any]]:
-    """[channels, reason without the module's name], most channels first."""
+    """[channels, reason without the module's name and folders], most channels first."""
     counts: Counter[str] = Counter()
     for frozen in graph.frozen:
-        counts[re.sub(r" \(in .*\)$", "", frozen.reason)] += frozen.channels
+        reason = re.sub(r" \(in [^()]*\)$", "", frozen.reason)
+        counts[re.sub(r"/\S*/", "", reason)] += frozen.channels
     return [[channels, reason] for reason, channels in counts.most_common(4)]
 
 
