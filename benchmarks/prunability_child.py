@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from edgeprune import proof, surgery
 from edgeprune.graph import ModelGraph, as_call, trace
 
-CHECK_S = 2.0  # as many groups are cut one by one as fit: each costs about as much as tracing and cutting
-LARGEST_SAMPLE = 8
+CHECK_S = 0.6  # as many groups are cut one by one as fit: each costs about as much as tracing and cutting
+LARGEST_SAMPLE = 6
 
 
 def edgeprune_on(model: nn.Module, example: Any, all_groups: bool) -> dict[str, Any]:
@@ -55,10 +55,11 @@ def edgeprune_on(model: nn.Module, example: Any, all_groups: bool) -> dict[str, 
 
 
 def _reasons(graph: ModelGraph) -> list[list[Any]]:
-    """[channels, reason without the module's name], most channels first."""
+    """[channels, reason without the module's name and folders], most channels first."""
     counts: Counter[str] = Counter()
     for frozen in graph.frozen:
-        counts[re.sub(r" \(in .*\)$", "", frozen.reason)] += frozen.channels
+        reason = re.sub(r" \(in [^()]*\)$", "", frozen.reason)
+        counts[re.sub(r"/\S*/", "", reason)] += frozen.channels
     return [[channels, reason] for reason, channels in counts.most_common(4)]
 
 

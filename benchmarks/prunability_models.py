@@ -23,7 +23,7 @@ TESTS = Path(__file__).resolve().parent.parent / "tests"
 CLASSIFIERS = """
 resnet18 vgg11_bn densenet121 mobilenet_v2 mobilenet_v3_small shufflenet_v2_x0_5 squeezenet1_1 efficientnet_b0
 efficientnet_v2_s regnet_x_400mf regnet_y_400mf resnext50_32x4d wide_resnet50_2 mnasnet0_5 googlenet inception_v3
-convnext_tiny swin_t swin_v2_t maxvit_t vit_b_32 alexnet
+convnext_tiny swin_t alexnet vit_b_32 swin_v2_t maxvit_t
 """.split()  # one of each architecture first; the others follow
 SEGMENTATION = """
 lraspp_mobilenet_v3_large deeplabv3_mobilenet_v3_large fcn_resnet50 deeplabv3_resnet50 fcn_resnet101 deeplabv3_resnet101
@@ -62,7 +62,7 @@ regnety_002 regnetz_005 ecaresnet26t ecaresnetlight ecaresnext26t_32x4d resnetaa
 resnext50_32x4d seresnet18 seresnetaa50d seresnext26t_32x4d rexnetr_100 skresnext50_32x4d flexivit_small eca_vovnet39b
 vovnet39a
 """.split()
-LAST = ("vit_h_14", "regnet_y_128gf", "vit_l_16", "vit_l_32", "convnext_large", "regnet_y_32gf", "regnet_x_32gf")
+LAST = ("regnet_x_32gf", "regnet_y_32gf", "convnext_large", "vit_l_32", "vit_l_16", "vit_h_14", "regnet_y_128gf")
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,11 @@ def cases() -> Iterator[Case]:
     yield from (Case(f"torchvision:{name}", "torchvision detection") for name in DETECTION[:6])
     yield from (Case(f"timm:{name}", "timm, smallest of each family") for name in TIMM)
     yield from (Case(f"torchvision:{name}", "torchvision segmentation") for name in SEGMENTATION[3:])
-    yield from (Case(f"timm:{name}", "timm, further lines of names") for name in TIMM_LINES)
     yield from (Case(f"torchvision:{name}", "torchvision detection") for name in DETECTION[6:])
     others = [name for name in models.list_models(module=models) if name not in CLASSIFIERS]
-    others.sort(key=lambda name: (name in LAST, -LAST.index(name) if name in LAST else 0))
-    yield from (Case(f"torchvision:{name}", "torchvision classification") for name in others)
+    yield from (Case(f"torchvision:{name}", "torchvision classification") for name in others if name not in LAST)
+    yield from (Case(f"timm:{name}", "timm, further lines of names") for name in TIMM_LINES)
+    yield from (Case(f"torchvision:{name}", "torchvision classification") for name in LAST)
 
 
 def build(case: Case) -> tuple[nn.Module, Any]:

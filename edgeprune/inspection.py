@@ -12,7 +12,7 @@ from torch import nn
 from . import proof, widths
 from .graph import Example, ModelGraph, trace
 from .proof import Proof
-from .records import Progress
+from .records import ChannelGroup, Progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +22,7 @@ class Inspection:
     name: str
     graph: ModelGraph
     steps: dict[str, int]  # group -> units between the widths that plans choose
+    params: dict[str, int]  # group -> parameters in its slices; one in slices of two groups counts for both
     seconds: float
     proof: Proof | None
 
@@ -48,7 +49,14 @@ def inspect(
     choices = widths.candidates(graph.groups, 0.0)
     steps = {g: w[1] - w[0] if len(w) > 1 else w[0] for g, w in choices.items()}
     proved = proof.check(model, example, frozen, progress=progress) if check else None
-    return Inspection(type(model).__name__, graph, steps, seconds, proved)
+    params = {g.id: _params(g, model) for g in graph.groups}
+    return Inspection(type(model).__name__, graph, steps, params, seconds, proved)
+
+
+def _params(group: ChannelGroup, model: nn.Module) -> int:
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    members = [(m, shapes[m.tensor]) for m in group.members if m.tensor in shapes]
+    return sum(m.positions.size * shape.numel() // shape[m.axis] for m, shape in members)
 
 
 def as_json(found: Inspection) -> dict[str, Any]:
@@ -60,6 +68,7 @@ def as_json(found: Inspection) -> dict[str, Any]:
                 "width": g.width,
                 "channels_per_unit": g.channels_per_unit,
                 "step": found.steps[g.id],
+                "params": found.params[g.id],
                 "exact": not g.inexact,
                 "inexact": g.inexact,
                 "members": [{"tensor": m.tensor, "axis": m.axis, "role": m.role} for m in g.members],

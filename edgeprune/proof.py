@@ -67,7 +67,7 @@ def check(
             blind.append(name)
         if progress is not None:
             progress(at + 1, len(tries))
-    if not runs(subject.model, subject.graph, _first_halves(subject.graph), subject.example):
+    if not _runs(subject, _first_halves(subject.graph)):
         worst, largest = "all groups together, inexact ones too", float("inf")
     blocks = sum(1 for name, _ in tries if name.startswith("block "))
     return Proof(largest, worst, len(tries) - blocks - bool(exact), len(exact), blocks, tuple(blind))
@@ -136,10 +136,10 @@ def deviation(model: nn.Module, graph: ModelGraph, keep: Keep, example: Example)
     return difference(outputs(masked, example), outputs(cut, example))
 
 
-def runs(model: nn.Module, graph: ModelGraph, keep: Keep, example: Example) -> bool:
-    """Does the cut network, inexact groups and all, give outputs of the dense network's shapes?"""
-    dense, cut = outputs(model, example), outputs(surgery.cut(model, graph, keep), example)
-    return [t.shape for t in dense] == [t.shape for t in cut] and all(bool(t.isfinite().all()) for t in cut)
+def _runs(subject: _Subject, keep: Keep) -> bool:
+    """Does the cut network, inexact groups and all, give finite outputs of the dense network's shapes?"""
+    cut = outputs(surgery.cut(subject.model, subject.graph, keep), subject.example)
+    return [t.shape for t in subject.dense] == [t.shape for t in cut] and all(bool(t.isfinite().all()) for t in cut)
 
 
 def outputs(model: nn.Module, example: Example) -> list[Tensor]:

@@ -90,12 +90,13 @@ def inspect(
 ) -> None:
     """Show which channels can be removed together, and which must stay and why."""
     from .. import inspection, proof
+    from . import tree
 
     opened = _project(path, overrides, source, input_)
     protected = (*(frozen or ()), *opened.config.compress.protected)
     with Bars(as_json).stage("check every group") as progress:
         found = inspection.inspect(opened.model, opened.example, protected, check, progress if check else None)
-    show.result(inspection.as_json(found), as_json, lambda _: show.inspection(found))
+    show.result(inspection.as_json(found), as_json, lambda _: tree.show(found))
     if found.proof is not None and found.proof.max_deviation > proof.TOLERANCE:
         raise MissedError(
             f"cutting {found.proof.worst} changes the output by {found.proof.max_deviation:.2g} of its largest value; "

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.tree import Tree
 
 from .. import files, verify
 from ..errors import MissedError
 
 if TYPE_CHECKING:
-    from ..inspection import Inspection
     from ..pipeline import Outcome
     from ..profiling import Profile
     from ..records import NetworkCheck, VerifyReport
@@ -56,36 +54,6 @@ def target(content: Mapping[str, Any]) -> None:
     for note in state["notes"]:
         table.add_row("note", note)
     _console().print(table)
-
-
-def inspection(found: Inspection) -> None:
-    graph = found.graph
-    tree = Tree(f"{found.name}: {graph.total_params:,} parameters, {graph.total_macs / 1e6:,.0f} MMACs")
-    groups = tree.add(f"{len(graph.groups)} channel groups")
-    for group in graph.groups:
-        exact = "exact" if not group.inexact else f"inexact: {group.inexact}"
-        unit = f" x {group.channels_per_unit} channels" if group.channels_per_unit > 1 else ""
-        made = [m.tensor.removesuffix(".weight") for m in group.members if m.role == "out"]
-        read = [m.tensor.removesuffix(".weight") for m in group.members if m.role == "in"]
-        branch = groups.add(f"{group.id}: {group.width} units{unit}, step {found.steps[group.id]}, {exact}")
-        branch.add(f"made by {_some(made)}" if made else f"held by {_some([m.tensor for m in group.members])}")
-        if read:
-            branch.add(f"read by {_some(read)}")
-    stays = tree.add("frozen")
-    for frozen in graph.frozen[:SHOWN]:
-        stays.add(f"{frozen.channels} slices of {_some(list(frozen.tensors))}: {frozen.reason}")
-    for note in graph.notes:
-        tree.add(f"note: {note}")
-    _console().print(tree)
-    share, macs = graph.prunable_params / graph.total_params, graph.prunable_macs / max(graph.total_macs, 1)
-    print(f"prunable: {share:.1%} of the parameters, {macs:.1%} of the MACs; traced in {found.seconds:.2f} s")
-    if found.proof is not None:
-        print(f"largest deviation from the masked model: {found.proof.max_deviation:.2g} (at {found.proof.worst})")
-
-
-def _some(names: list[str], count: int = 4) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
 
 
 def profile(found: Profile) -> None:

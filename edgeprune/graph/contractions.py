@@ -65,7 +65,7 @@ def _weight_ids(run: Run, weight: Ref) -> tuple[Tensor, Tensor]:
 def _fed_by(run: Run, x: Ref) -> str:
     if run.value(x).source == "input":
         return run.why("reads the network's input")
-    return run.why("fed by positions that cannot be removed")
+    return run.why("reads positions that cannot be removed")
 
 
 def _bind(run: Run, x: Tensor, rows: Tensor, columns: Tensor, groups: int, transposed: bool, fed_by: str) -> Tensor:

@@ -244,9 +244,9 @@ class Ledger:
             table = np.where(wide.numpy() >= 0, classes[wide.numpy()], FIXED)
             varies = any((table != table.take([0], axis=d)).any() for d in narrow.axes if table.shape[d] > 1)
             if varies:
-                self.unite(narrow.ids, wide, "stands beside positions that cannot be removed")
+                self.unite(narrow.ids, wide, "combined with positions that cannot be removed")
             elif not narrow.copies:
-                self.freeze(narrow.ids, "stands beside channels that are cut as a whole")
+                self.freeze(narrow.ids, "varies inside heads or groups that are only cut whole")
         return self.classes() if self.beside else classes
 
 

@@ -25,7 +25,7 @@ def pointwise(run: Run, op: Op) -> list[Labels]:
     def vanishes(zero: tuple[bool, ...]) -> bool:
         return zero_where(run, op, zero)
 
-    return [run.ledger.merge(operands, vanishes, run.why("meets positions that cannot be removed"))]
+    return [run.ledger.merge(operands, vanishes, run.why("combined with positions that cannot be removed"))]
 
 
 def zero_where(run: Run, op: Op, zero: tuple[bool, ...]) -> bool:
