@@ -20,8 +20,6 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
     model_validator,
 )
 
@@ -34,19 +32,6 @@ else:  # pragma: no cover
     import tomli as tomllib
 
 FILE = "edgeprune.toml"
-
-
-def _one_error(value: Any, parse: ValidatorFunctionWrapHandler) -> Any:
-    """Pydantic explains a union once for each of its kinds; a user needs to read it once."""
-    try:
-        return parse(value)
-    except ValidationError:
-        raise ValueError(
-            "write one number (8), several ([8, 6, 4]), or one for each target ({ cpu = 8, pi = 20 })"
-        ) from None
-
-
-Numbers = Annotated[float | tuple[float, ...] | dict[str, float], WrapValidator(_one_error)]
 
 
 class Section(BaseModel):
