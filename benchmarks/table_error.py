@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -86,16 +86,6 @@ def build(name: str) -> tuple[nn.Module, torch.Tensor]:
     import torchvision
 
     return torchvision.models.get_model(name, weights=None).eval(), torch.randn(1, 3, 224, 224)
-
-
-def random_plans(candidates: Mapping[str, Sequence[int]], count: int, seed: int) -> list[dict[str, int]]:
-    """Each group at its own random width, around a share of 20 to 90 % that differs from plan to plan."""
-    draw = np.random.default_rng(seed)
-    shares = draw.permutation(np.linspace(0.2, 0.9, count))
-    return [
-        {g: measure.nearest(w, min(1.0, s * draw.uniform(0.5, 1.5)) * w[-1]) for g, w in candidates.items()}
-        for s in shares
-    ]
 
 
 # ---- networks as files ---------------------------------------------------------------------------------------
@@ -167,7 +157,7 @@ class Exporter:
 def measure_truth(case: Case) -> dict[str, Any]:
     """Every plan's latency, from two compiled copies of each."""
     plans = [case.whole, *measure.samples(case.candidates, FITTED - 1, seed=1)]
-    plans += random_plans(case.candidates, PLANS, seed=2)
+    plans += measure.random_plans(case.candidates, PLANS, seed=2)
     began = time.monotonic()
     exporter = Exporter(case)
     artifacts = [exporter.write(plan, case.folder / f"plan{at}.onnx") for at, plan in enumerate(plans)]
@@ -272,7 +262,10 @@ def compare(case: Case, truth: Mapping[str, Any], costs: Costs) -> dict[str, Any
     found["table, no calibration"] = errors(np.array([costs.predict_ms(p) for p in plans[asked]]), tested)
     of_known, of_asked = features(case, plans[known]), features(case, plans[asked])
     found["FLOPs, in proportion"] = errors(scaled(of_known.flops, measured[known], of_asked.flops), tested)
-    found["two numbers, 24 networks"] = errors(two_numbers(of_known, measured[known], of_asked), tested)
+    for count in (12, 24):
+        some = fitted_on(count)
+        fewer = Features(*(getattr(of_known, f.name)[some] for f in fields(Features)))
+        found[f"two numbers, {count} networks"] = errors(two_numbers(fewer, measured[some], of_asked), tested)
     differ = np.abs(tested[:, 0] / tested[:, 1] - 1)
     noise = {"median": float(np.median(differ)), "p95": float(np.percentile(differ, 95))}
     noise["rank"] = float(spearmanr(tested[:, 0], tested[:, 1]).statistic)
@@ -305,7 +298,7 @@ def run(name: str, target: Target, truth_only: bool) -> None:
             record.save(f"table_error/cost-{name}", cost)
         found = compare(case, truth, costs)
         record.save(f"table_error/{name}", {**found, "load": truth["load"], "notes": truth["notes"]})
-        print(summary([name]), flush=True)
+        print(full_summary([name]), flush=True)
 
 
 def _cost(filled: measure.Filled, seconds: float) -> dict[str, Any]:
@@ -325,17 +318,35 @@ def fill_second(first: str, target: Target) -> None:
 
 
 def summary(names: Sequence[str]) -> str:
+    """The table beside what it is compared with: one row a network, fitted on 12 networks where anything is fitted."""
+    header = [
+        "network", "range", "repeat noise", "table: median", "p95", "within 5 %", "within 10 %", "rank (two halves)",
+        "not calibrated", "FLOPs", "two numbers: median", "p95", "load",
+    ]  # fmt: skip
     rows = []
     for name in names:
         found = record.load(f"table_error/{name}")
         if found is None:
             continue
-        noise = found["noise"]
-        for method, e in found["methods"].items():
+        m, noise = found["methods"], found["noise"]
+        ours, two = m["table, 12 networks"], m.get("two numbers, 12 networks", m["two numbers, 24 networks"])
+        rows.append([
+            name, f"{found['range']:.1f}x", f"{noise['median']:.1%}", f"{ours['median']:.1%}", f"{ours['p95']:.1%}",
+            f"{ours['within5']:.0%}", f"{ours['within10']:.0%}", f"{ours['rank']:.3f} ({noise['rank']:.3f})",
+            f"{m['table, no calibration']['median']:.1%}", f"{m['FLOPs, in proportion']['median']:.1%}",
+            f"{two['median']:.1%}", f"{two['p95']:.1%}", f"{found['load']:.1f}",
+        ])  # fmt: skip
+    return record.table(header, rows)
+
+
+def full_summary(names: Sequence[str]) -> str:
+    """Every method, one row each."""
+    rows = []
+    for name in names:
+        found = record.load(f"table_error/{name}")
+        for method, e in found["methods"].items() if found is not None else ():
             rows.append([name, method, f"{e['median']:.1%}", f"{e['p95']:.1%}", f"{e['within5']:.0%}",
                          f"{e['within10']:.0%}", f"{e['rank']:.3f}"])  # fmt: skip
-        rows.append([name, "(two halves of the measurement)", f"{noise['median']:.1%}", f"{noise['p95']:.1%}", "", "",
-                     f"{noise['rank']:.3f}"])  # fmt: skip
     return record.table(["network", "method", "median", "p95", "within 5 %", "within 10 %", "rank"], rows)
 
 
@@ -354,6 +365,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--again", action="store_true", help="compare again with the truth that was measured")
     parser.add_argument("--truth-only", action="store_true", help="leave the tables for later")
+    parser.add_argument("--full", action="store_true", help="every method, one row each")
     parser.add_argument("--table", action="store_true", help="print the tables of what there is")
     options = parser.parse_args()
     if not options.table:
@@ -369,7 +381,7 @@ def main() -> None:
                     fill_second(first, target)
         finally:
             target.close()
-    print(summary(options.networks))
+    print(full_summary(options.networks) if options.full else summary(options.networks))
     print()
     print(cost_summary())
 

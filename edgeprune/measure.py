@@ -243,5 +243,14 @@ def samples(candidates: Candidates, count: int, seed: int) -> list[dict[str, int
     return plans
 
 
+def random_plans(candidates: Candidates, count: int, seed: int) -> list[dict[str, int]]:
+    """Plans to judge a table by: each group at its own random width, around a share of 20 to 90 % of the plan's own."""
+    draw = np.random.Generator(np.random.PCG64(seed))
+    shares = draw.permutation(np.linspace(0.2, 0.9, count))
+    return [
+        {g: nearest(w, min(1.0, s * draw.uniform(0.5, 1.5)) * w[-1]) for g, w in candidates.items()} for s in shares
+    ]
+
+
 def nearest(widths: Sequence[int], wanted: float) -> int:
     return min((w for w in widths if w), key=lambda w: abs(w - wanted))

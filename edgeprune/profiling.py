@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import nn
 
@@ -20,10 +21,12 @@ from .graph import Example, ModelGraph, trace
 from .measure import Filled
 from .planning import Bench
 from .records import Layer
-from .table import IDENTITY, Surface
+from .table import Surface
 from .target import Target
 from .watch import Watch
 from .widths import shape_at
+
+FITTED = 8  # networks that a check fits the correction on, besides those it is judged on and the dense one
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Check:
-    """The table against whole networks: it was calibrated on the even ones, errors are of the odd ones."""
+    """The table against whole networks; errors are relative, of networks that its correction was not fitted on."""
 
-    networks: int
+    networks: int  # that the errors are of
+    fitted: int  # others, that the correction was fitted on
     median_error: float
-    worst_error: float
-    rank_correlation: float
-    noise: float
+    p95_error: float
+    within_5: float  # share of the networks within 5 %
+    within_10: float
+    rank_correlation: float  # Spearman, of predicted with measured
+    noise: float  # spread between copies of one network: the floor of any error
     predicted_ms: tuple[float, ...]
     measured_ms: tuple[float, ...]
 
@@ -68,9 +74,7 @@ def profile(
         table, filled = measure.fill(layers, candidates, target, table_store, progress)
     costs = measure.costs(layers, candidates, table, ())
     half = {g: measure.nearest(w, w[-1] / 2) for g, w in candidates.items()}
-    rows = tuple(
-        Row(s.layer, _at(s, costs.dense), _at(s, half)) for s in costs.surfaces
-    )  # fmt: skip
+    rows = tuple(Row(s.layer, _at(s, costs.dense), _at(s, half)) for s in costs.surfaces)
     compared = _compare(model, graph, costs, target, check, watch) if check else None
     return Profile(rows, filled, allocate.floor(costs).predicted_ms, compared)
 
@@ -98,28 +102,44 @@ def _at(surface: Surface, units: Mapping[str, int]) -> float:
 
 
 def _compare(model: nn.Module, graph: ModelGraph, costs: Costs, target: Target, count: int, watch: Watch) -> Check:
+    """Build and time whole networks of random widths, in turn; fit the correction on some, judge it on the others."""
     scores = importance.score(model, graph.groups, "random")
-    plans = [dict(costs.dense), *measure.samples(costs.candidates, max(count - 1, 3), seed=1)]
+    tested = measure.random_plans(costs.candidates, count, seed=2)
+    fitted_on = measure.samples(costs.candidates, FITTED, seed=1)
+    plans = [*tested, *fitted_on]
     folder = Path(tempfile.mkdtemp(prefix="edgeprune-check-"))
     try:
         bench = Bench(model, graph, target, folder)
-        with watch.stage(f"time {len(plans)} whole networks") as progress:
+        with watch.stage(f"time {len(plans) + 1} whole networks") as progress:
             progress(0, 1)
-            cut_ms = bench.time([importance.best(scores, plan) for plan in plans[1:]])
+            measured = np.array(bench.time([importance.best(scores, plan) for plan in plans]))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    measured = np.array([bench.reference_ms, *cut_ms])
-    known = [(plan, ms) for plan, ms in list(zip(plans, measured, strict=True))[::2]]
+    known = [*zip(fitted_on, measured[count:], strict=True), (costs.dense, bench.reference_ms)]
     fitted, _ = measure.calibrate(costs, known)
-    predicted = np.array([fitted.predict_ms(plan) for plan in plans])
-    errors = np.abs(predicted / measured - 1)[1::2]
-    assert costs.surfaces[0].table.correction == IDENTITY
+    predicted = np.array([fitted.predict_ms(plan) for plan in tested])
+    return judge(predicted, measured[:count], len(known), bench.noise)
+
+
+def judge(predicted: NDArray[np.float64], measured: NDArray[np.float64], fitted: int, noise: float) -> Check:
+    """What is said about predictions.
+
+    Args:
+        predicted, measured: milliseconds, (networks,).
+        fitted: networks, others than these, that the predictions were fitted on.
+        noise: relative, of a measurement.
+    """
+    errors = np.abs(predicted / measured - 1)
+    together = float(spearmanr(predicted, measured).statistic) if len(errors) > 2 else float("nan")
     return Check(
-        networks=len(plans),
+        networks=len(errors),
+        fitted=fitted,
         median_error=float(np.median(errors)),
-        worst_error=float(errors.max()),
-        rank_correlation=float(spearmanr(predicted, measured).statistic),
-        noise=bench.noise,
+        p95_error=float(np.percentile(errors, 95)),
+        within_5=float((errors <= 0.05).mean()),
+        within_10=float((errors <= 0.10).mean()),
+        rank_correlation=together,
+        noise=noise,
         predicted_ms=tuple(predicted.tolist()),
         measured_ms=tuple(measured.tolist()),
     )

@@ -71,7 +71,8 @@ def profile(found: Profile) -> None:
         )
     _console().print(table)
     print(
-        f"{found.filled.entries} entries, {found.filled.measured} measured now, spread {found.filled.noise:.1%}; "
+        f"{found.filled.entries} entries, {found.filled.measured} measured now, 95 % interval of the median "
+        f"±{found.filled.noise:.1%} (median entry); "
         f"sum of layers {total:.4g} ms; smallest network predicted at {found.floor_ms:.4g} ms"
     )
     for note in found.filled.notes:
@@ -79,8 +80,9 @@ def profile(found: Profile) -> None:
     if found.check is not None:
         c = found.check
         print(
-            f"against {c.networks} whole networks: median error {c.median_error:.1%}, worst {c.worst_error:.1%}, "
-            f"rank correlation {c.rank_correlation:.3f}, repeat noise {c.noise:.1%}"
+            f"against {c.networks} whole networks of random widths, its correction fitted on {c.fitted} others: median "
+            f"error {c.median_error:.1%}, p95 {c.p95_error:.1%}, {c.within_5:.0%} within 5 %, {c.within_10:.0%} within "
+            f"10 %, rank correlation {c.rank_correlation:.3f}; copies of one network differ by {c.noise:.1%}"
         )
 
 
