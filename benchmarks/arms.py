@@ -22,7 +22,8 @@ from edgeprune.widths import size
 
 Floats = NDArray[np.float64]
 Units = Mapping[str, int]
-BISECTIONS = 7
+BISECTIONS = 7  # of the nominal budget
+MANY = 1000  # choices: beyond, a linearised plan is taken as it comes
 
 
 def value_of(scores: Importance, units: Units) -> float:
@@ -48,6 +49,8 @@ def linearised_within(costs: Costs, scores: Importance, budget_ms: float, steps:
     The nominal budget is raised, by bisection, until the true latency is the budget: the method at its best.
     """
     first = linearised(costs, scores, budget_ms, steps)
+    if sum(map(len, costs.candidates.values())) > MANY:
+        return first, first
     best: Units | None = first if costs.predict_ms(first) <= budget_ms else None
     low, high = (budget_ms, costs.predict_ms(costs.dense)) if best is not None else (0.5 * budget_ms, budget_ms)
     for _ in range(BISECTIONS):

@@ -1,6 +1,7 @@
 """The exact solver: seconds and certificate, against a linearised knapsack and a greedy; and budgets met as measured.
 
     python benchmarks/solver.py figures      solve, with 16 widths a group, on measured latencies
+    python benchmarks/solver.py figures --made-up --networks DenseNet-121     on latencies from a formula
     python benchmarks/solver.py compress     cut to 0.8, 0.6, 0.4 of the dense latency and to the floor, and measure
     python benchmarks/solver.py table        print what there is
 
@@ -11,13 +12,16 @@ random, so no accuracy is stated; scores are SP-LAMP.
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import tempfile
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import arms
+import numpy as np
 import record
 import torch
 from networks import NETWORKS, Network
@@ -27,7 +31,9 @@ from edgeprune.allocate import Costs
 from edgeprune.graph import ModelGraph, trace
 from edgeprune.importance import Importance
 from edgeprune.planning import Aim, Bench
+from edgeprune.records import Fingerprint, LayerShape, Timing
 from edgeprune.runs import Run
+from edgeprune.table import IDENTITY, LatencyTable, surface, wanted
 from edgeprune.target import Target, open_target
 from edgeprune.watch import Silent
 
@@ -35,6 +41,7 @@ SOLVED = ("ResNet-50", "MobileNetV2", "EfficientNet-B0", "DenseNet-121")
 SHARES = (0.8, 0.6, 0.4)
 STEPS = (1, 5, 30)
 SESSIONS = 3  # of the last measurement; the median counts
+_BLANK = Timing(**{f.name: () if f.name == "samples_ms" else 0.0 for f in fields(Timing)})
 FLOOR_ROOM = 1.02  # the budget at the floor: its own measurement and what two measurements may differ by
 
 
@@ -42,9 +49,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("figures", "compress", "table"))
     parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS))
+    parser.add_argument("--made-up", action="store_true", help="a staircase of 16 channels instead of measuring")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    if asked.what == "figures":
+    if asked.what == "figures" and asked.made_up:
+        _each(asked.networks or SOLVED, "solver/made-up", lambda network, _: figures(network, None))
+    elif asked.what == "figures":
         _each(asked.networks or SOLVED, "solver/figures", figures)
     elif asked.what == "compress":
         _each(asked.networks or tuple(NETWORKS), "solver/compress", compress)
@@ -73,10 +83,39 @@ def costs_of(graph: ModelGraph, target: Target) -> tuple[Costs, measure.Filled]:
 # ---- the solver ----------------------------------------------------------------------------------------------
 
 
-def figures(network: Network, target: Target) -> dict[str, Any]:
+def made_up(graph: ModelGraph) -> Costs:
+    """Latencies from a formula: a staircase of 16 output channels, linear in input channels, 1 % noise."""
+    candidates = widths.candidates(graph.groups, least_share=0.0)
+    draw = np.random.Generator(np.random.PCG64(0))
+    entries: dict[LayerShape, Timing] = {}
+    nowhere = Fingerprint("made-up", "none", "none", "f32", 1, ())
+    while True:
+        known = LatencyTable(nowhere, entries, IDENTITY)
+        missing = dict.fromkeys(s for layer in graph.layers for s in wanted(surface(known, layer, candidates)))
+        if not missing:
+            return measure.costs(graph.layers, candidates, known, ())
+        for shape in missing:
+            ms = _formula_ms(shape) * draw.normal(1, 0.01)
+            entries[shape] = replace(_BLANK, median_ms=ms, p10_ms=ms, p90_ms=ms)
+
+
+def _formula_ms(shape: LayerShape) -> float:
+    pixels = math.prod(shape.spatial) / math.prod(shape.stride) if shape.spatial else 1.0
+    if shape.op not in ("conv", "linear"):
+        return 2e-4 + shape.in_ch * pixels / 2e6
+    stepped = -(-shape.out_ch // 16) * 16
+    return 1e-3 + (shape.in_ch / max(shape.conv_groups, 1) + 8) * stepped * math.prod(shape.kernel) * pixels / 3e7
+
+
+def figures(network: Network, target: Target | None) -> dict[str, Any]:
+    """On measured latencies; without a target, on made-up ones."""
     module = network.build()
     graph = trace(module, network.example())
-    costs, filled = costs_of(graph, target)
+    if target is None:
+        costs, entries, noise = made_up(graph), 0, 0.0
+    else:
+        costs, filled = costs_of(graph, target)
+        entries, noise = filled.entries, filled.noise
     scores = importance.score(module, graph.groups)
     problem = allocate.problem_of(costs, scores)
     dense_ms = costs.predict_ms(costs.dense)
@@ -99,8 +138,8 @@ def figures(network: Network, target: Target) -> dict[str, Any]:
         "groups": len(costs.candidates),
         "choices": sum(map(len, costs.candidates.values())),
         "layers": len(costs.surfaces),
-        "entries": filled.entries,
-        "noise": filled.noise,
+        "entries": entries,
+        "noise": noise,
         "dense_ms": dense_ms,
         "floor_share": knapsack.cheapest(problem).costs[0] / dense_ms,
         "rows": rows,
@@ -178,13 +217,14 @@ def compress(network: Network, target: Target) -> dict[str, Any]:
 
 def print_tables() -> None:
     rows = []
-    for name in SOLVED:
-        found = record.load(f"solver/figures-{name}")
+    for kind, name in [("figures", n) for n in SOLVED] + [("made-up", n) for n in SOLVED]:
+        found = record.load(f"solver/{kind}-{name}")
         for row in found["rows"] if found else ():
             exact = row["exact"]
             losses = [f"{1 - row[arm]['value']:.2%}" for arm in ("exact", *(f"K={k}, raised" for k in STEPS), "greedy")]
             nominal = [f"{row[f'K={k}']['latency']:.2f}" for k in STEPS]
-            rows.append([name, str(row["share"]), f"{exact['seconds']:.2f}", f"{exact['gap']:.4%}", *losses, *nominal])
+            label = name if kind == "figures" else f"{name}, made-up latencies"
+            rows.append([label, str(row["share"]), f"{exact['seconds']:.2f}", f"{exact['gap']:.4%}", *losses, *nominal])
     if rows:
         losses = ["value lost: exact", *(f"linearised, K={k}" for k in STEPS), "greedy"]
         nominal = [f"latency / budget that K={k} takes for it" for k in STEPS]
