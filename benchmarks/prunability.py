@@ -76,6 +76,7 @@ def _run(content: dict[str, Any], chosen: argparse.Namespace) -> None:
             _in_child(_network, case, tools, chosen.all_groups, Path(folder))
             row |= {t: json.loads((Path(folder) / t).read_text()) for t in tools if (Path(folder) / t).exists()}
         content["networks"][case.name] = row
+        content["limit_s"] = LIMIT_S
         record.save(chosen.result, {k: v for k, v in content.items() if k not in ("machine", "at")})
         print(case.name, json.dumps(row)[:500], flush=True)
 
@@ -165,6 +166,12 @@ def seconds(row: dict[str, Any]) -> float | None:
     return found["trace_s"] + found["cut_s"] if "trace_s" in found else None
 
 
+def theirs_s(row: dict[str, Any]) -> float:
+    """Torch-Pruning's seconds: its limit where it was stopped, 0 where it crashed."""
+    found = row.get("torch-pruning", {})
+    return float(LIMIT_S["torch-pruning"] if found.get("outcome") == "limit" else found.get("seconds", 0.0))
+
+
 def summary(networks: dict[str, Any]) -> str:
     """One row a kind, and all together."""
     kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -187,11 +194,7 @@ def _summed(kind: str, rows: Sequence[dict[str, Any]]) -> list[str]:
         ("runs", "cuts nothing"), ("wrong",), ("crash",), ("limit",))]  # fmt: skip
     took = [s for row in rows if (s := seconds(row)) is not None]
     tp_took = [t["seconds"] for t in theirs if "seconds" in t]
-    ratios = [
-        row["torch-pruning"]["seconds"] / s
-        for row in rows
-        if (s := seconds(row)) is not None and "seconds" in row.get("torch-pruning", {})
-    ]
+    ratios = [theirs_s(row) / s for row in rows if (s := seconds(row)) is not None and theirs_s(row)]
     return [
         kind, str(len(ours)), str(sum(map(passes, rows))), f"{max(deviations, default=0.0):.1e}",
         f"{wide} ({wide / max(len(ours), 1):.0%})", _median(took), " / ".join(map(str, outcomes)), _median(tp_took),

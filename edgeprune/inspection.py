@@ -83,6 +83,7 @@ def as_json(found: Inspection) -> dict[str, Any]:
         "total_macs": graph.total_macs,
         "max_deviation": None if found.proof is None else found.proof.max_deviation,
         "worst": "" if found.proof is None else found.proof.worst,
+        "precision": "" if found.proof is None else found.proof.precision,
         "unproved": () if found.proof is None else found.proof.blind,
         "seconds": found.seconds,
         "notes": graph.notes,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from . import surgery
+from .errors import TraceError
 from .graph import Example, ModelGraph, as_call, trace
 from .records import ChannelGroup, Keep, Progress
 
@@ -29,6 +33,7 @@ class Proof:
     checked: int  # exact groups cut one by one
     exact: int  # exact groups there are; all of them are also cut together
     blocks: int  # blocks dropped one by one
+    precision: str  # float64, or float32 for a network that does not run in float64
     blind: tuple[str, ...]  # cuts that do not change the masked output either: nothing was shown
 
 
@@ -53,14 +58,14 @@ def check(
         progress: told (cuts checked, of).
         dtype: float64, or float32 with float64 only where float32 may be the limit.
     """
-    subject = _subject(model, example, frozen, dtype)
+    subject = _widest(model, example, frozen, dtype)
     exact = [g for g in subject.graph.groups if not g.inexact]
     tries = _tries(subject.graph, exact, sample)
     worst, largest, blind = "", 0.0, []
     for at, (name, keep) in enumerate(tries):
         found, effect = _compare(subject, keep)
-        if dtype != torch.float64 and not found < ROUNDING:
-            found, effect = _compare(_subject(model, example, frozen, torch.float64), keep)
+        if subject.dtype != torch.float64 and dtype != torch.float64 and not found < ROUNDING:
+            found, effect = _compare(_widest(model, example, frozen, torch.float64), keep)
         if not found < largest:
             worst, largest = name, found
         if effect < VISIBLE:
@@ -70,7 +75,9 @@ def check(
     if not _runs(subject, _first_halves(subject.graph)):
         worst, largest = "all groups together, inexact ones too", float("inf")
     blocks = sum(1 for name, _ in tries if name.startswith("block "))
-    return Proof(largest, worst, len(tries) - blocks - bool(exact), len(exact), blocks, tuple(blind))
+    return Proof(
+        largest, worst, len(tries) - blocks - bool(exact), len(exact), blocks, _name(subject.dtype), tuple(blind)
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,20 +88,53 @@ class _Subject:
     example: Example
     graph: ModelGraph
     dense: list[Tensor]
+    dtype: torch.dtype
+
+
+def _widest(model: nn.Module, example: Example, frozen: Sequence[str], dtype: torch.dtype) -> _Subject:
+    """The network in `dtype`, or in float32 where it does not run in float64."""
+    try:
+        return _subject(model, example, frozen, dtype)
+    except TraceError:
+        if dtype == torch.float32:
+            raise
+        return _subject(model, example, frozen, torch.float32)
 
 
 def _subject(model: nn.Module, example: Example, frozen: Sequence[str], dtype: torch.dtype) -> _Subject:
     ready = randomised(copy.deepcopy(model).to(dtype).eval())
     inputs = tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, example)
-    return _Subject(ready, inputs, trace(ready, inputs, frozen), outputs(ready, inputs))
+    with _precision(dtype):
+        return _Subject(ready, inputs, trace(ready, inputs, frozen), outputs(ready, inputs), dtype)
 
 
 def _compare(subject: _Subject, keep: Keep) -> tuple[float, float]:
     """(difference of the cut from the masked network, of the masked from the dense one); NaN counts as infinite."""
-    masked = outputs(surgery.mask(subject.model, subject.graph, keep), subject.example)
-    cut = outputs(surgery.cut(subject.model, subject.graph, keep), subject.example)
+    with _precision(subject.dtype):
+        masked = outputs(surgery.mask(subject.model, subject.graph, keep), subject.example)
+        cut = outputs(surgery.cut(subject.model, subject.graph, keep), subject.example)
     found = difference(masked, cut)
     return found if found == found else float("inf"), difference(subject.dense, masked)
+
+
+class _Doubled(TorchFunctionMode):
+    """Makes float64 of the float32 tensors that a network creates, or casts to, in its forward."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        kwargs = {key: torch.float64 if arg is torch.float32 else arg for key, arg in (kwargs or {}).items()}
+        made = func(*args, **kwargs)
+        return made.double() if isinstance(made, Tensor) and made.dtype == torch.float32 else made
+
+
+def _precision(dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    return _Doubled() if dtype == torch.float64 else contextlib.nullcontext()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _first_halves(graph: ModelGraph) -> Keep:
@@ -138,7 +178,8 @@ def deviation(model: nn.Module, graph: ModelGraph, keep: Keep, example: Example)
 
 def _runs(subject: _Subject, keep: Keep) -> bool:
     """Does the cut network, inexact groups and all, give finite outputs of the dense network's shapes?"""
-    cut = outputs(surgery.cut(subject.model, subject.graph, keep), subject.example)
+    with _precision(subject.dtype):
+        cut = outputs(surgery.cut(subject.model, subject.graph, keep), subject.example)
     return [t.shape for t in subject.dense] == [t.shape for t in cut] and all(bool(t.isfinite().all()) for t in cut)
 
 

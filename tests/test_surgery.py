@@ -239,6 +239,21 @@ def test_forwards_that_need_more_than_tensors_are_told_to_be_wrapped() -> None:
         trace(Needs(), image(2, 7, 6))
 
 
+def test_a_network_that_casts_to_float32_is_checked_in_float64_all_the_same() -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.fc = nn.Linear(6, 8), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(torch.relu(self.a(x.float() @ torch.eye(6))).to(torch.float32) + torch.ones(8))
+
+    torch.manual_seed(0)
+    proved = proof.check(Single().eval(), image(2, 6))
+    assert proved.precision == "float64"
+    assert proved.max_deviation < 1e-12
+
+
 def test_attention_heads_are_cut_whole_where_channels_attend_to_channels() -> None:
     """Cross-covariance attention: scores are over channels, summed over positions."""
 

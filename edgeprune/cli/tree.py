@@ -70,7 +70,7 @@ def _proof(found: Inspection) -> None:
         return
     p = found.proof
     cuts = f"{p.checked} of {p.exact} exact groups one by one and all together, {p.blocks} blocks dropped"
-    print(f"largest deviation from the masked model: {p.max_deviation:.2g} (at {p.worst}; {cuts})")
+    print(f"largest deviation from the masked model: {p.max_deviation:.2g} (at {p.worst}; {p.precision}; {cuts})")
     if p.blind:
         print(f"no proof for {_some(list(p.blind))}: masking them does not change the output either")
 
