@@ -78,7 +78,7 @@ def made_up(
 
 
 def timing(ms: float) -> Timing:
-    return Timing(ms, ms, ms, 9, (), 0.0)
+    return Timing(ms, ms, ms, 9, (), 0.0, ms)
 
 
 def plans(costs: Costs) -> list[Units]:

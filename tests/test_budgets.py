@@ -115,7 +115,7 @@ def test_a_run_is_explained_for_people_and_for_programs(
     assert rows["fc"]["out_ch"] == rows["fc"]["planned_out"] == 10
     assert rows["fc"]["stairs"] is None  # classes are not pruned
     assert any(row["planned_ms"] < row["dense_ms"] for row in found["rows"])
-    assert all(row["least_ms"] <= row["dense_ms"] * 1.2 for row in found["rows"])
+    assert sum(row["least_ms"] for row in found["rows"]) < sum(row["dense_ms"] for row in found["rows"])
     assert cli.run(["explain", "--run", "runs/001/1.5x", "--quiet"]) == 0
     text = capsys.readouterr().out
     assert "sum of layers:" in text
