@@ -208,7 +208,7 @@ def pooled(timings: Sequence[Timing]) -> Timing:
     within = float(np.sqrt(np.mean([t.interval**2 for t in timings])))
     apart = 1.96 * float(np.std([t.median_ms for t in timings], ddof=1)) / median if len(timings) > 1 else 0.0
     interval = float(np.hypot(within, apart) / np.sqrt(len(timings)))
-    return Timing(median, p10, p90, sum(t.runs for t in timings), tuple(samples), interval, median)
+    return Timing(median, p10, p90, sum(t.runs for t in timings), tuple(samples), interval)
 
 
 def spread(timings: Sequence[Timing], copies: int = COPIES) -> float:

@@ -138,7 +138,6 @@ class Timing:
     runs: int
     samples_ms: tuple[float, ...]
     interval: float  # half the width of the median's 95 % interval, relative to the median
-    warm_ms: float  # of a layer: with its weights in the processor's own cache, median; `median_ms`: without
 
 
 @dataclass(frozen=True)

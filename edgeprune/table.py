@@ -27,22 +27,20 @@ STRAIGHT = 0.02  # a curve bends where it is this far off the line between its n
 
 @dataclass(frozen=True)
 class Correction:
-    """From summed layers to a whole network.
+    """From summed layers to a whole network: overhead_ms + scale * sum + per_mib_ms * weights in MiB.
 
-    overhead_ms + scale * (sum of layers) + warm_scale * (sum of layers, warm) + per_mib_ms * (weights in MiB). The
-    errors are relative, of networks that the numbers were not fitted on.
+    The errors are relative, of networks that the numbers were not fitted on.
     """
 
     overhead_ms: float
     scale: float
-    warm_scale: float
     per_mib_ms: float
     networks: int
     median_error: float
     worst_error: float
 
 
-IDENTITY = Correction(0.0, 1.0, 0.0, 0.0, 0, float("nan"), float("nan"))
+IDENTITY = Correction(0.0, 1.0, 0.0, 0, float("nan"), float("nan"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,12 +70,6 @@ class Surface:
     ins: tuple[int, ...]  # input widths that plans may choose, ascending
     outs: tuple[int, ...]  # output widths, ascending
     table: LatencyTable
-    state: str = "median_ms"  # which of a timing's two latencies: "median_ms" or "warm_ms"
-
-    @cached_property
-    def warm(self) -> Surface:
-        """The same with every layer's weights in the processor's own cache."""
-        return replace(self, state="warm_ms")
 
     def at(self, in_ch: int, out_ch: int) -> float:
         """Milliseconds; 0 for a layer that is gone. Between the widths of plans, an output counts as the next one up.
@@ -116,7 +108,7 @@ class Surface:
     def ms_at(self, in_ch: int, out_ch: int) -> float | None:
         """What was measured at exactly these widths, if anything."""
         timing = self.table.timings.get(_shape(self.layer, in_ch, out_ch))
-        return float(getattr(timing, self.state)) if timing is not None else None
+        return timing.median_ms if timing is not None else None
 
     def _at_input(self, in_ch: int, full_ms: float) -> float:
         """Latency at an input width, of an output width that takes `full_ms` at the full one.
@@ -275,25 +267,17 @@ def weights_mib(shape: LayerShape) -> float:
 def layer_ms(one: Surface, in_ch: int, out_ch: int) -> float:
     """A layer's share of a whole network's latency: its entry with the table's correction."""
     c = one.table.correction
-    cold = c.scale * one.at(in_ch, out_ch) if c.scale else 0.0
-    warm = c.warm_scale * one.warm.at(in_ch, out_ch) if c.warm_scale else 0.0
-    return cold + warm + c.per_mib_ms * weights_mib(_shape(one.layer, in_ch, out_ch))
+    return c.scale * one.at(in_ch, out_ch) + c.per_mib_ms * weights_mib(_shape(one.layer, in_ch, out_ch))
 
 
-def sums(surfaces: Iterable[Surface], units: Mapping[str, int]) -> tuple[float, float, float]:
-    """Of a plan's layers, without correction: milliseconds, milliseconds warm, MiB of weights."""
-    rows = [(0.0, 0.0, 0.0)]
-    for s in surfaces:
-        shape = shape_at(s.layer, units)
-        widths = shape.in_ch, shape.out_ch
-        rows.append((s.at(*widths), s.warm.at(*widths), weights_mib(shape)))
-    cold, warm, mib = (sum(column) for column in zip(*rows, strict=True))
-    return cold, warm, mib
-
-
-def summed_ms(surfaces: Iterable[Surface], units: Mapping[str, int]) -> float:
-    """Layer by layer, without correction."""
-    return sums(surfaces, units)[0]
+def sums(surfaces: Iterable[Surface], units: Mapping[str, int]) -> tuple[float, float]:
+    """Of a plan's layers, without correction: milliseconds, MiB of weights."""
+    ms, mib = 0.0, 0.0
+    for one in surfaces:
+        shape = shape_at(one.layer, units)
+        ms += one.at(shape.in_ch, shape.out_ch)
+        mib += weights_mib(shape)
+    return ms, mib
 
 
 def predict_ms(surfaces: Sequence[Surface], units: Mapping[str, int]) -> float:
@@ -301,15 +285,15 @@ def predict_ms(surfaces: Sequence[Surface], units: Mapping[str, int]) -> float:
     if not surfaces:
         return 0.0
     c = surfaces[0].table.correction
-    cold, warm, mib = sums(surfaces, units)
-    return c.overhead_ms + c.scale * cold + c.warm_scale * warm + c.per_mib_ms * mib
+    ms, mib = sums(surfaces, units)
+    return c.overhead_ms + c.scale * ms + c.per_mib_ms * mib
 
 
 def fit(summed: Floats, measured_ms: Floats) -> Correction:
     """The correction that explains whole networks, and its error on each when fitted on the others.
 
     Args:
-        summed: what `sums` gives for each, (networks, 3).
+        summed: what `sums` gives for each, (networks, 2).
         measured_ms: end to end, (networks,).
     """
     numbers = _least_squares(summed, measured_ms)
@@ -325,13 +309,13 @@ def fit(summed: Floats, measured_ms: Floats) -> Correction:
     return Correction(*numbers, len(measured_ms), median, worst)
 
 
-def _least_squares(summed: Floats, measured_ms: Floats) -> tuple[float, float, float, float]:
+def _least_squares(summed: Floats, measured_ms: Floats) -> tuple[float, float, float]:
     """Non-negative least squares of relative errors."""
     from scipy.optimize import nnls
 
     if len(summed) >= 3:
         columns = np.concatenate([np.ones((len(summed), 1)), summed], axis=1)
         found, _ = nnls(columns / measured_ms[:, None], np.ones_like(measured_ms))
-        if found[1] + found[2] > 0:  # the sum must count, or plans could not be told apart
-            return float(found[0]), float(found[1]), float(found[2]), float(found[3])
-    return 0.0, float(np.median(measured_ms / summed[:, 0])), 0.0, 0.0
+        if found[1] > 0:  # the sum must count, or plans could not be told apart
+            return float(found[0]), float(found[1]), float(found[2])
+    return 0.0, float(np.median(measured_ms / summed[:, 0])), 0.0

@@ -50,16 +50,6 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def private_cache_bytes() -> int:
-    """The largest cache that one processor has to itself; 1 MiB where the system does not say."""
-    sizes = []
-    for folder in glob.glob("/sys/devices/system/cpu/cpu0/cache/index*"):
-        size = _first([folder + "/size"])
-        if size and size.endswith("K") and _first([folder + "/level"]) != "3":
-            sizes.append(int(size[:-1]) * 1024)
-    return max(sizes, default=2**20)
-
-
 def pin(threads: int) -> list[int]:
     """Stay on as many processors as there are threads: the last ones allowed, for the first serve interrupts."""
     allowed = sorted(os.sched_getaffinity(0))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -16,16 +16,8 @@ RUNS_PER_VISIT = 3
 PREEMPTED = 0.95  # processor time / wall time of a run below this: something else ran on our processor
 
 
-class Run(NamedTuple):
-    """What is timed, and what is done before each time, off the clock; both have run before."""
-
-    run: Callable[[], Any]
-    prepare: Callable[[], Any] | None
-    inputs: Sequence[Any]  # arrays that it reads
-
-
 def in_turn(
-    runs: Sequence[Run],
+    runs: Sequence[Callable[[], Any]],
     threads: int,
     min_visits: int,
     max_visits: int,
@@ -33,17 +25,16 @@ def in_turn(
     budget_s: float,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Time each in round robin, in an order shuffled every round.
+    """Time each callable in round robin, in an order shuffled every round.
 
     Args:
-        runs: what to time.
+        runs: what to time; each has been run before.
         threads: how many threads they use: their processor time says whether they had the processors to themselves.
         min_visits, max_visits: bounds on the undisturbed visits of each.
         interval: stop one when the 95 % interval of its median is this narrow, relative to the median.
         budget_s: stop after this long in any case, once each has `min_visits`, disturbed ones included.
     Returns:
-        For each: median_ms, p10_ms, p90_ms, runs, samples_ms (one a visit), interval (reached), disturbed (visits),
-        warm_ms (the median again: what is timed in one way only is warm).
+        For each: median_ms, p10_ms, p90_ms, runs, samples_ms (one a visit), interval (reached), disturbed (visits).
     """
     order = np.random.RandomState(seed)
     visits: list[list[tuple[float, bool]]] = [[] for _ in runs]  # (milliseconds, undisturbed)
@@ -68,21 +59,18 @@ def take_off(found: dict[str, Any], call_ms: float) -> None:
     found["samples_ms"] = [max(s - call_ms, s / 100.0) for s in found["samples_ms"]]
 
 
-def _visit(timed: Run, threads: int) -> tuple[float, bool, int]:
-    """The median of a few runs, after a warm one unless each is prepared; was the processor ours in one of them?
+def _visit(run: Callable[[], Any], threads: int) -> tuple[float, bool, int]:
+    """One warm run, then the median of a few; was the processor ours in one of them?
 
     When it was in none, the processor time that they took: what others did meanwhile is not in it, though they left
     their data in the caches.
     """
-    if timed.prepare is None:
-        timed.run()
+    run()
     runs: list[tuple[float, float]] = []  # (wall, processor) seconds
     began = time.perf_counter()
     while len(runs) < RUNS_PER_VISIT or time.perf_counter() - began < MIN_VISIT_S:
-        if timed.prepare is not None:
-            timed.prepare()
         cpu, wall = time.process_time(), time.perf_counter()
-        timed.run()
+        run()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         runs.append((wall, cpu))
     ours = [wall for wall, cpu in runs if threads > 1 or cpu >= PREEMPTED * wall]
@@ -119,6 +107,5 @@ def _summary(samples: list[float], runs: int, disturbed: int) -> dict[str, Any]:
         "runs": runs,
         "samples_ms": samples,
         "interval": width(samples),
-        "warm_ms": median,
         "disturbed": disturbed,
     }

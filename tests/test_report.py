@@ -42,7 +42,7 @@ QUIET = DeviceState(0.1, 2596.14, 0.0, False, ())
 
 def timing(median_ms: float, visits: int = 60) -> Timing:
     samples = tuple(median_ms * (1 + 0.1 * ((7 * i) % 11 - 5) / 5) for i in range(visits))
-    return Timing(median_ms, 0.92 * median_ms, 1.1 * median_ms, 4 * visits, samples, 0.004, median_ms)
+    return Timing(median_ms, 0.92 * median_ms, 1.1 * median_ms, 4 * visits, samples, 0.004)
 
 
 def network(median_ms: float, correct: int, params: int, macs: int, size_bytes: int) -> NetworkCheck:

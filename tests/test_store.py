@@ -30,7 +30,7 @@ def linear(out_ch: int) -> LayerShape:
 
 
 def timing(ms: float, interval: float = 0.005) -> Timing:
-    return Timing(ms, 0.98 * ms, 1.03 * ms, 40, (), interval, 0.9 * ms)
+    return Timing(ms, 0.98 * ms, 1.03 * ms, 40, (), interval)
 
 
 def fill(store: Store, fingerprint: Fingerprint, timings: dict[LayerShape, Timing]) -> None:
@@ -256,7 +256,7 @@ def test_a_table_is_checked_against_the_device(filled: Path, capsys: pytest.Capt
 
 
 def scaled(timing_: Timing, by: float) -> Timing:
-    ms = {name: by * getattr(timing_, name) for name in ("median_ms", "p10_ms", "p90_ms", "warm_ms")}
+    ms = {name: by * getattr(timing_, name) for name in ("median_ms", "p10_ms", "p90_ms")}
     return replace(timing_, **ms)
 
 
