@@ -63,7 +63,7 @@ def test_the_sum_of_layers_stands_beside_the_whole_network(capsys: pytest.Captur
 def test_what_cannot_go_and_the_floor_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     text = said(FOUND, capsys)
     assert "27% of the layers' latency cannot be pruned at the least widths (2 ms)" in text
-    assert "1 layers have no width to choose: fc 0.5 ms" in text
+    assert "1 layer has no width to choose: fc 0.5 ms" in text
     assert "the floor of this device: 2.5 ms measured (3.20x)" in text
     without = said(replace(FOUND, measured=replace(FOUND.measured, floor_ms=None)), capsys)
     assert "the floor of this device: 2.2 ms predicted (3.59x)" in without

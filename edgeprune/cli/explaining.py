@@ -87,7 +87,8 @@ def _limits(found: Explanation) -> list[str]:
     if fixed:
         longest = sorted(fixed, key=lambda r: -r.dense_ms)[:3]
         named = ", ".join(f"{r.name} {r.dense_ms:.4g} ms" for r in longest)
-        lines.append(f"{len(fixed)} layers have no width to choose: {named}")
+        count = "1 layer has" if len(fixed) == 1 else f"{len(fixed)} layers have"
+        lines.append(f"{count} no width to choose: {named}")
     floor, dense_ms = found.measured.floor_ms, found.measured.dense_ms
     if floor is not None:
         lines.append(f"the floor of this device: {floor:.4g} ms measured ({dense_ms / floor:.2f}x)")
