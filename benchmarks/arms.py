@@ -17,7 +17,7 @@ from edgeprune.allocate import Costs
 from edgeprune.errors import UnreachableBudget
 from edgeprune.importance import Importance, kept_value
 from edgeprune.knapsack import Cost, Problem, Sum, Term
-from edgeprune.table import Surface, follows_input
+from edgeprune.table import Surface, follows_input, layer_ms
 from edgeprune.widths import size
 
 Floats = NDArray[np.float64]
@@ -68,10 +68,10 @@ def _step(costs: Costs, scores: Importance, now: Units, budget_ms: float) -> Uni
     groups = list(left)
     constant, linear = costs.correction.overhead_ms, {g: np.zeros(len(w)) for g, w in left.items()}
     for surface in costs.surfaces:
-        here = _at(costs, surface, now, now)
+        here = _at(surface, now, now)
         constant += here
         for g, _ in surface.layer.out_width.terms:
-            linear[g] += [_at(costs, surface, now, {**now, g: w}) - here for w in left[g]]
+            linear[g] += [_at(surface, now, {**now, g: w}) - here for w in left[g]]
     values = tuple(kept_value(scores[g], left[g]) for g in groups)
     terms = tuple(Term((n,), linear[g]) for n, g in enumerate(groups))
     problem = Problem(values, (Cost("linearised latency", terms, (), constant),), ())
@@ -82,10 +82,10 @@ def _step(costs: Costs, scores: Importance, now: Units, budget_ms: float) -> Uni
     return {g: left[g][c] for g, c in zip(groups, found.choice, strict=True)}
 
 
-def _at(costs: Costs, surface: Surface, ins: Units, outs: Units) -> float:
+def _at(surface: Surface, ins: Units, outs: Units) -> float:
     layer = surface.layer
     in_ch = size(layer.in_width, outs if follows_input(layer) else ins)
-    return costs.correction.scale * surface.at(in_ch, size(layer.out_width, outs))
+    return layer_ms(surface, in_ch, size(layer.out_width, outs))
 
 
 # ---- greedy --------------------------------------------------------------------------------------------------

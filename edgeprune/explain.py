@@ -80,7 +80,6 @@ class Explanation:
     untimed: tuple[tuple[str, str], ...]  # (layer, operator) that the target does not time alone
     frozen: tuple[FrozenChannels, ...]
     overhead_ms: float  # of the calibrated prediction: what no layer explains
-    scale: float  # from the sum of layers to the whole network
     predicted_dense_ms: float
     predicted_ms: float
     predicted_floor_ms: float
@@ -160,7 +159,6 @@ def _explained(graph: ModelGraph, costs: Costs, units: Mapping[str, int], measur
         untimed=tuple((x.name, x.shape.op) for x in graph.layers if x.name not in timed),
         frozen=graph.frozen,
         overhead_ms=costs.correction.overhead_ms,
-        scale=costs.correction.scale,
         predicted_dense_ms=costs.predict_ms(costs.dense),
         predicted_ms=costs.predict_ms(units),
         predicted_floor_ms=floor.predicted_ms,

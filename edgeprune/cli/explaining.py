@@ -62,11 +62,10 @@ def _sums(found: Explanation) -> list[str]:
         f"sum of layers: {dense:.4g} ms dense, {planned:.4g} ms now; end to end {measured.dense_ms:.4g} ms dense, "
         f"{measured.planned_ms:.4g} ms now, measured: {_beyond(planned, measured.planned_ms)}"
     ]
-    if found.overhead_ms or found.scale != 1:
-        lines.append(
-            f"whole networks are predicted as {found.overhead_ms:.4g} ms + {found.scale:.3f} x the sum: "
-            f"{found.predicted_ms:.4g} ms now"
-        )
+    lines.append(
+        f"whole networks are predicted at {found.predicted_dense_ms:.4g} ms dense, {found.predicted_ms:.4g} ms now"
+        + (f", {found.overhead_ms:.4g} ms of it whatever the widths" if found.overhead_ms else "")
+    )
     if found.untimed:
         counted = Counter(op for _, op in found.untimed)
         each = ", ".join(f"{op} ({n})" if n > 1 else op for op, n in counted.most_common())
@@ -88,7 +87,8 @@ def _limits(found: Explanation) -> list[str]:
     if fixed:
         longest = sorted(fixed, key=lambda r: -r.dense_ms)[:3]
         named = ", ".join(f"{r.name} {r.dense_ms:.4g} ms" for r in longest)
-        lines.append(f"{len(fixed)} layers have no width to choose: {named}")
+        count = "1 layer has" if len(fixed) == 1 else f"{len(fixed)} layers have"
+        lines.append(f"{count} no width to choose: {named}")
     floor, dense_ms = found.measured.floor_ms, found.measured.dense_ms
     if floor is not None:
         lines.append(f"the floor of this device: {floor:.4g} ms measured ({dense_ms / floor:.2f}x)")
