@@ -290,3 +290,10 @@ def test_every_other_channel_by_number_is_frozen() -> None:
 def test_zeros_like_a_tensor_follow_its_channels() -> None:
     make, example = ODD["Scan"]
     assert {g.id: g.width for g in trace(make(), example).groups} == {"i": 8}
+
+
+def test_heads_of_separate_queries_keys_and_values_are_cut_whole() -> None:
+    make, example = ODD["Einsum"]
+    [group] = trace(make(), example).groups
+    assert group.width == 4
+    assert {(m.tensor, m.axis) for m in group.members} >= {(f"{n}.weight", 0) for n in "qkv"} | {("o.weight", 1)}
