@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from nets import NETS, Auxiliary, Decides, Fixed, FusedAttention, OptionA, Recurrent, Shuffle, Stochastic, image
+from oddnets import ODD
 from torch import Tensor, nn, optim
 
 from edgeprune import inspection, proof, surgery
@@ -257,3 +258,42 @@ def test_tracing_warns_about_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trace(FusedAttention(), image())
+
+
+# ---- networks that nobody had in mind ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_network_is_cut_right_or_frozen_with_a_reason(name: str) -> None:
+    make, example = ODD[name]
+    torch.manual_seed(0)
+    model = make().eval()
+    proved = proof.check(model, example)
+    assert proved.max_deviation < 1e-12, proved.worst
+    graph = trace(model, example)
+    frozen = {tensor for f in graph.frozen for tensor in f.tensors if f.reason}
+    cut = {member.tensor for group in graph.groups for member in group.members}
+    assert {n for n, p in model.named_parameters() if p.dim() > 1} <= frozen | cut
+
+
+def test_channels_that_steer_an_operator_stay() -> None:
+    make, example = ODD["Grid"]
+    graph = trace(make(), example)
+    assert any(f.reason == "steers the operator grid_sampler" and "off.weight" in f.tensors for f in graph.frozen)
+
+
+def test_every_other_channel_by_number_is_frozen() -> None:
+    make, example = ODD["Inplace"]
+    assert any("positions picked by their number" in f.reason for f in trace(make(), example).frozen)
+
+
+def test_zeros_like_a_tensor_follow_its_channels() -> None:
+    make, example = ODD["Scan"]
+    assert {g.id: g.width for g in trace(make(), example).groups} == {"i": 8}
+
+
+def test_heads_of_separate_queries_keys_and_values_are_cut_whole() -> None:
+    make, example = ODD["Einsum"]
+    [group] = trace(make(), example).groups
+    assert group.width == 4
+    assert {(m.tensor, m.axis) for m in group.members} >= {(f"{n}.weight", 0) for n in "qkv"} | {("o.weight", 1)}

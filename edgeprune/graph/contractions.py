@@ -183,9 +183,11 @@ def product(run: Run, a: Operand, b: Operand) -> Operand:
         b_rest += _stays_along(run, b_inner, len(b_shape) - 2)
     rows: Shape = (*a_shape[:-1], 1)
     columns: Shape = (*b_shape[:-2], 1, b_shape[-1])
+    before = len(run.ledger.beside)
     labels = run.ledger.merge(
         [(tuple(a_rest), rows), (tuple(b_rest), columns)], any_zero, run.why("a product with positions that stay")
     )
+    run.ledger.heads += run.ledger.beside[before:]
     ndim = max(len(rows), len(columns))
     batch = torch.broadcast_shapes(rows, columns)
     return tuple(_widen(label, ndim) for label in labels), tuple(batch)

@@ -82,6 +82,7 @@ class Ledger:
     inexact: list[tuple[Tensor, str]] = field(default_factory=list)
     grids: list[Tensor] = field(default_factory=list)
     beside: list[tuple[Label, Tensor]] = field(default_factory=list)  # narrow labels, and wide ids they stand beside
+    heads: list[tuple[Label, Tensor]] = field(default_factory=list)  # of those: scores of heads beside their values
 
     def fresh(self, size: int) -> Tensor:
         """`size` new ids, shape (size,)."""
@@ -229,25 +230,38 @@ class Ledger:
         A channel axis that was split into a grid (heads x head width, groups x offset) must keep whole rows or
         whole columns. What the operators did not decide is cut at equal offsets: along the last axis.
         """
-        classes = self.classes()
+        classes = self._settle_rows(self.classes())
         for grid in self.grids:
-            table = np.where(grid.numpy() >= 0, classes[grid.numpy()], FIXED)
-            varying = [d for d in range(table.ndim) if (table != table.take([0], axis=d)).any()]
+            varying = _varying(grid, classes)
             if len(varying) > 1:
                 self.uniform(Label(grid, False), varying[:-1], "positions of a grid that cannot stay rectangular")
                 classes = self.classes()
         return self._settle_narrow(classes)
 
+    def _settle_rows(self, classes: Ids) -> Ids:
+        """Whole heads where scores stand beside values: queries and keys can then follow."""
+        for narrow, wide in self.heads:
+            rows = [d for d in narrow.axes if wide.shape[d] > 1]
+            inside = [d for d in _varying(wide, classes) if d not in rows]
+            if inside and rows and not narrow.copies and _varying(narrow.ids, classes):
+                self.uniform(Label(wide, False), inside, "positions of a grid that cannot stay rectangular")
+                classes = self.classes()
+        return classes
+
     def _settle_narrow(self, classes: Ids) -> Ids:
         """Narrow labels follow the wide ones they stand beside, where those are cut along their axes, or else stay."""
         for narrow, wide in self.beside:
-            table = np.where(wide.numpy() >= 0, classes[wide.numpy()], FIXED)
-            varies = any((table != table.take([0], axis=d)).any() for d in narrow.axes if table.shape[d] > 1)
-            if varies:
+            if set(_varying(wide, classes)) & set(narrow.axes):
                 self.unite(narrow.ids, wide, "combined with positions that cannot be removed")
             elif not narrow.copies:
                 self.freeze(narrow.ids, "varies inside heads or groups that are only cut whole")
         return self.classes() if self.beside else classes
+
+
+def _varying(ids: Tensor, classes: Ids) -> list[int]:
+    """The axes along which the classes of ids differ."""
+    table = np.where(ids.numpy() >= 0, classes[ids.numpy()], FIXED)
+    return [d for d in range(table.ndim) if (table != table.take([0], axis=d)).any()]
 
 
 def _narrow(label: Label, axes: Sequence[int], shape: Shape) -> bool:

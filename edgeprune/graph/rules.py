@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_map
 
 from . import contractions, norms, structure
-from .labels import Labels
+from .labels import Label, Labels
 from .record import Op, Ref
 from .run import Run
 
@@ -66,8 +66,14 @@ def unknown(run: Run, op: Op) -> list[Labels]:
 
 
 def constant(run: Run, op: Op) -> list[Labels]:
-    """New tensors that take nothing but a shape or a type from their operand."""
+    """New tensors that take nothing but a type from their operand."""
     return [() for _ in op.outputs]
+
+
+def like(run: Run, op: Op) -> list[Labels]:
+    """zeros_like, fill ...: new values, as many as the operand has."""
+    zeros = name_of(op.func) in ("zeros_like", "zero")
+    return [tuple(Label(label.ids, zeros, label.copies) for label in run.of(op.refs[0]))]
 
 
 def name_of(func: OpOverload[..., Any]) -> str:
@@ -119,11 +125,19 @@ RULES: dict[str, Rule] = {
              "_upsample_bilinear2d_aa _upsample_bicubic2d_aa upsample_linear1d upsample_trilinear3d "
              "grid_sampler reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d",
              structure.spatial),
-    **_named("empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones "
-             "new_full bernoulli uniform normal fill zero", constant),
+    **_named("empty_like zeros_like ones_like full_like rand_like randn_like bernoulli uniform normal fill zero",
+             like),
+    **_named("new_empty new_zeros new_ones new_full", constant),
     **_named("lstm gru rnn_tanh rnn_relu", contractions.recurrent),
     **_named("lstm_cell gru_cell", unknown),
 }  # fmt: skip
+
+# these label their first operand alone: channels of any other one (a sampling grid, an index) have to stay
+OF_ONE_OPERAND = (
+    structure.as_is, structure.same, structure.expand, structure.roll, structure.index, structure.index_select,
+    structure.pixel_shuffle, structure.windows, structure.unfold_patches, structure.spatial, structure.pad,
+    norms.reduce, norms.softmax, like, constant,
+)  # fmt: skip
 
 # not tagged as element-wise by PyTorch, though they are
 MORE_POINTWISE = frozenset(
@@ -180,14 +194,24 @@ def run_labels(run: Run) -> None:
         if doubt:
             for ref in labelled:
                 run.ledger.freeze_all(run.of(ref), doubt)
-        outputs = (rule_for(op.func) or unknown)(run, op)
-        if op.aliases and any(ref != op.args[0] for ref in labelled):
+        rule = rule_for(op.func) or unknown
+        if rule in OF_ONE_OPERAND:
+            for ref in op.refs[1:]:
+                run.ledger.freeze_all(run.of(ref), run.why(f"steers the operator {name_of(op.func)}"))
+        outputs = rule(run, op)
+        if op.aliases and (any(ref != op.args[0] for ref in labelled) or _fills_zeros(run, op, outputs)):
             for ref in labelled:
                 run.ledger.freeze_all(run.of(ref), run.why("written in place into part of another tensor"))
         for number, labels in zip(op.outputs, outputs, strict=True):
             if number >= 0:
                 run.labels[number] = labels
                 _check(run, number, labels, op)
+
+
+def _fills_zeros(run: Run, op: Op, outputs: list[Labels]) -> bool:
+    """Did an operator in place make something of channels that were zero? The whole tensor's labels do not say so."""
+    before = any(label.vanishes for label in run.of(op.args[0]))
+    return before and not all(label.vanishes for label in outputs[0])
 
 
 def _check(run: Run, number: int, labels: Labels, op: Op) -> None:

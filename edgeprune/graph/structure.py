@@ -28,6 +28,8 @@ def as_is(run: Run, op: Op) -> list[Labels]:
     labels = run.of(x)
     if op.func._schema.name in ("aten::select", "aten::unbind"):
         labels = _whole_along(run, labels, _dim(op), reason)
+    if op.func._schema.name == "aten::slice" and arguments(op)["step"] != 1:  # every other channel, by its number
+        labels = run.ledger.uniform_all(labels, [_dim(op) % len(run.shape(x))], reason)
     results = run.ledger.through(labels, run.shape(x), lambda full: func(full, *rest, **kwargs), reason)
     return [_without_merged_copies(made) for made in results] or [() for _ in op.outputs]
 

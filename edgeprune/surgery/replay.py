@@ -182,7 +182,7 @@ class _Builder:
         ops = [self.recording.ops[at] for at in inside]
         if not any(self._reshaped(n) for op in ops for n in (*op.outputs, *(ref.value for ref in op.refs))):
             return False
-        theirs = [op for op in ops if not type(self.root.get_submodule(op.module)).__module__.startswith("torch.nn")]
+        theirs = [op for op in ops if not _is_layer(self.root.get_submodule(op.module))]
         return any(numbers_in((op.args, op.kwargs)) for op in theirs)
 
     def _reshaped(self, value: int) -> bool:
@@ -288,6 +288,12 @@ class _Builder:
             return batch
         scaled = self.graph.call_function(operator.mul, (batch, size))
         return self.graph.call_function(operator.floordiv, (scaled, self.batch_size))
+
+
+def _is_layer(part: nn.Module) -> bool:
+    """One of PyTorch's own layers, whose sizes are set with its tensors."""
+    home = type(part).__module__
+    return home.startswith("torch.nn") and not isinstance(part, nn.MultiheadAttention) and "transformer" not in home
 
 
 def _decides(name: str, line: str) -> str:
