@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any
 
 from .errors import EdgepruneError, RunError
 
+BESIDE = re.compile(r"\..+\.(?P<process>\d+)-\w+")  # names of what is written beside its place
 STREAM_BYTES = 1 << 16  # with less free than a stream's buffer, a stream that failed has met a full disk
 
 
@@ -29,7 +31,8 @@ def writing(path: Path) -> Iterator[Path]:
     with not_full(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            sweep(path.parent)
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.{os.getpid()}-", dir=path.parent)
         except OSError as error:
             raise _unwritten(path, error) from error
         os.fchmod(handle, 0o666 & ~_umask())  # others may read what they may read elsewhere
@@ -44,6 +47,36 @@ def writing(path: Path) -> Iterator[Path]:
             raise _unwritten(path, error) from error
         finally:
             beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_beside(folder: Path, name: str) -> Iterator[Path]:
+    """Yield a new hidden folder in `folder`, gone when the block ends."""
+    sweep(folder)
+    with tempfile.TemporaryDirectory(prefix=f".{name}.{os.getpid()}-", dir=folder) as beside:
+        yield Path(beside)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that were killed left half-written in a folder."""
+    for path in folder.glob(".*"):
+        found = BESIDE.fullmatch(path.name)
+        if found is None or _lives(int(found["process"])):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 @contextmanager

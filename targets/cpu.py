@@ -87,7 +87,7 @@ class Cpu:
         folder.mkdir(parents=True, exist_ok=True)
         onnx = folder / "model.onnx"
         export.to_onnx(module, example, onnx)
-        with files.not_full(folder / "model.xml"), tempfile.TemporaryDirectory(dir=folder, prefix=".ir-") as beside:
+        with files.not_full(folder / "model.xml"), files.folder_beside(folder, "ir") as beside:
             converted = openvino.convert_model(str(onnx))
             openvino.save_model(converted, f"{beside}/model.xml", compress_to_fp16=False)
             for name in ("model.bin", "model.xml"):  # the name that is loaded comes last
