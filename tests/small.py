@@ -14,20 +14,20 @@ from torch import nn
 
 
 class Net(nn.Module):
-    def __init__(self, width=16, classes=10):
+    def __init__(self, width=32, classes=10):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        self.a = nn.Sequential(nn.Conv2d(width, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
-                               nn.Conv2d(32, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
-        self.b = nn.Sequential(nn.Conv2d(width, 48, 3, 2, 1, bias=False), nn.BatchNorm2d(48), nn.ReLU())
-        self.fc = nn.Linear(48, classes)
+        self.a = nn.Sequential(nn.Conv2d(width, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+                               nn.Conv2d(64, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
+        self.b = nn.Sequential(nn.Conv2d(width, 96, 3, 2, 1, bias=False), nn.BatchNorm2d(96), nn.ReLU())
+        self.fc = nn.Linear(96, classes)
 
     def forward(self, x):
         x = self.stem(x)
         return self.fc(self.b(torch.relu(x + self.a(x))).mean((2, 3)))
 
 
-def build(width=16, classes=10):
+def build(width=32, classes=10):
     torch.manual_seed(0)
     return Net(width, classes)
 
