@@ -101,7 +101,7 @@ def test_weights_that_do_not_fit_are_named(project: Path, capsys: pytest.Capture
     message = fails(capsys, 2, "inspect")
     assert "does not fit the model (missing: a.0.weight" in message
     assert "unknown: other" in message
-    assert "of another shape: fc.weight is [10, 7], the model has [10, 48]" in message
+    assert "of another shape: fc.weight is [10, 7], the model has [10, 96]" in message
     Path("w.safetensors").write_bytes(b"not one")
     assert "w.safetensors cannot be read" in fails(capsys, 2, "inspect")
 
@@ -168,7 +168,7 @@ def test_inspect_prints_groups_for_people_and_one_object_for_programs(
 ) -> None:
     assert cli.run(["inspect"]) == 0
     text = capsys.readouterr().out
-    assert "stem.0: 16 units" in text
+    assert "stem.0: 32 units" in text
     assert "the network's output" in text
     assert cli.run(["inspect", "model.py:build", "--input", "2x1x12x12", "--check", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
