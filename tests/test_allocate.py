@@ -78,7 +78,7 @@ def made_up(
 
 
 def timing(ms: float) -> Timing:
-    return Timing(ms, ms, ms, 9, (), 0.0, 0.9 * ms)
+    return Timing(ms, ms, ms, 9, (), 0.0)
 
 
 def plans(costs: Costs) -> list[Units]:
@@ -97,7 +97,7 @@ def value(scores: Importance, units: Units) -> float:
 
 @pytest.mark.parametrize("blocks", [False, True])
 def test_a_plan_is_the_best_of_all_plans_by_the_networks_own_prediction(blocks: bool) -> None:
-    correction = Correction(0.02, 0.8, 0.3, 0.5, 5, 0.01, 0.02)
+    correction = Correction(0.02, 1.1, 0.5, 5, 0.01, 0.02)
     _, costs, scores = made_up(Residual(), choices=4, blocks=blocks, correction=correction)
     every = plans(costs)
     latencies = [costs.predict_ms(units) for units in every]
