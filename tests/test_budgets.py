@@ -122,7 +122,7 @@ def test_a_run_is_explained_for_people_and_for_programs(
     assert "end to end" in text
     assert "of the layers' latency cannot be pruned at the least widths" in text
     assert "the floor of this device:" in text
-    assert "whole networks are predicted as" in text
+    assert "whole networks are predicted at" in text
 
 
 def test_the_dense_network_is_explained_without_a_run(
