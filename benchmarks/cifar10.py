@@ -137,7 +137,7 @@ def knapsack(case: Case, speedup: float, seed: int) -> How:
     tried: list[tuple[float, How]] = []
     for _ in range(planning.TRIES):
         how = {"widths": dict(allocate.solve(costs, case.scores, budget_ms).widths)}
-        ratio = case.ratio(again(case, how, "knapsack"), speedup)
+        ratio = case.ratio(again(case, how), speedup)
         tried.append((abs(ratio - 1 + CLOSE / 2), how))
         if tried[-1][0] <= CLOSE / 2:  # at the wanted latency, not above it
             break
@@ -197,12 +197,12 @@ def _torch_pruned(case: Case, pruning_ratio: float, uniformly: bool) -> nn.Modul
     return module
 
 
-def again(case: Case, how: How, arm: str) -> nn.Module:
-    """The network of an arm."""
-    if arm == "dense":
+def again(case: Case, how: How) -> nn.Module:
+    """The network that a recipe makes; an empty one makes the dense network."""
+    if not how:
         return copy.deepcopy(case.dense)
     if "pruning_ratio" in how:
-        return _torch_pruned(case, how["pruning_ratio"], arm == "tp-uniform")
+        return _torch_pruned(case, how["pruning_ratio"], how["uniformly"])
     return surgery.cut(case.dense, case.graph, importance.best(case.scores, how["widths"]))
 
 
@@ -212,16 +212,12 @@ def _bisect(case: Case, speedup: float, make: Callable[[float], How]) -> How:
     tried: list[tuple[float, How]] = []
     for _ in range(BISECTIONS):
         how = make((low + high) / 2)
-        ratio = case.ratio(again(case, how, _maker(how)), speedup)
+        ratio = case.ratio(again(case, how), speedup)
         tried.append((abs(ratio - 1), how))
         if tried[-1][0] <= CLOSE / 2:
             break
         low, high = (low, (low + high) / 2) if ratio > 1 else ((low + high) / 2, high)
     return min(tried, key=lambda t: t[0])[1]
-
-
-def _maker(how: How) -> str:
-    return "tp-uniform" if how.get("uniformly") else "other"
 
 
 MAKERS: dict[str, Callable[[Case, float, int], How]] = {
@@ -241,9 +237,9 @@ def plan(case: Case, arm: str, speedup: float, seed: int) -> How:
     found = record.load(name)
     if found is None:
         if arm != "uniform" and speedup not in case.anchors:
-            case.anchor(speedup, again(case, plan(case, "uniform", speedup, 0), "uniform"))
+            case.anchor(speedup, again(case, plan(case, "uniform", speedup, 0)))
         how = MAKERS[arm](case, speedup, seed)
-        record.save(name, {"how": how, "ratio": case.ratio(again(case, how, arm), speedup)})
+        record.save(name, {"how": how, "ratio": case.ratio(again(case, how), speedup)})
         return how
     return dict(found["how"])
 
@@ -259,7 +255,7 @@ def run_arm(case: Case, arm: str, speedup: float, seed: int, epochs: int) -> Non
     began = time.monotonic()
     torch.manual_seed(seed)
     how = plan(case, arm, speedup, seed)
-    module = again(case, how, arm)
+    module = again(case, how)
     smaller = trace(module, EXAMPLE)
     settings = Settings(**{**asdict(SETTINGS), "seed": seed})
     batches = case.images.train.batches(128, shuffle_seed=10_000 + seed, augment=True)
@@ -288,7 +284,7 @@ def time_results(case: Case) -> None:
     results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     distinct = {_key(r): r for r in results}
     artifacts = [
-        case.target.export(again(case, r["how"], r["arm"]), EXAMPLE, case.folder / f"result-{at}")
+        case.target.export(again(case, r["how"]), EXAMPLE, case.folder / f"result-{at}")
         for at, r in enumerate(distinct.values())
     ]
     dense, *found = measure.time_networks([case.bench.dense, *artifacts], case.target, 240.0)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from . import knapsack
 from .errors import UnreachableBudget, UsageError
 from .importance import Importance, kept_value
-from .records import Block, Layer, LayerShape, Plan
+from .records import Block, Layer, LayerRow, LayerShape, Plan
 from .table import IDENTITY, Correction, Surface, follows_input, layer_ms, predict_ms, reach, weights_mib
 from .widths import shape_at, size
 
@@ -45,6 +45,17 @@ class Costs:
         """The layers that are left when dropped blocks are gone."""
         gone = dropped_layers(self.blocks, units)
         return [s for s in self.surfaces if s.layer.name not in gone]
+
+    def rows(self, units: Mapping[str, int]) -> list[LayerRow]:
+        """Each layer by the table, without correction: uncut, and under a plan; one that is gone takes 0 ms."""
+        gone = dropped_layers(self.blocks, units)
+        rows = []
+        for s in self.surfaces:
+            a, b = shape_at(s.layer, self.dense), shape_at(s.layer, units)
+            planned_ms = 0.0 if s.layer.name in gone else s.at(b.in_ch, b.out_ch)
+            dense_ms = s.at(a.in_ch, a.out_ch)
+            rows.append(LayerRow(s.layer.name, a.op, a.in_ch, a.out_ch, b.in_ch, b.out_ch, dense_ms, planned_ms))
+        return rows
 
     def limit(self, name: str, budget_ms: float) -> Limit:
         """This device's latency as a budget."""

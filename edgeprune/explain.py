@@ -9,12 +9,12 @@ from pathlib import Path
 
 from torch import nn
 
-from . import allocate, measure, planning, runs, widths
+from . import allocate, measure, planning, runs, verify, widths
 from .allocate import Costs
 from .config import CompressSection
 from .graph import Example, ModelGraph, trace
 from .planning import Bench, Preflight
-from .records import FrozenChannels, VerifyReport
+from .records import FrozenChannels, LayerRow, VerifyReport
 from .runs import Run
 from .store import Store
 from .table import Surface, follows_input
@@ -25,7 +25,6 @@ from .widths import shape_at
 STEP = 0.03  # relative: a latency this much lower is a step down
 SAME = 0.01  # relative: one this much higher is none up
 FREE = 1.25  # share of latency over share of channels that makes a step down free speed
-VERIFY = "edgeprune.verify/1"
 
 
 @dataclass(frozen=True)
@@ -41,16 +40,9 @@ class Stairs:
 
 @dataclass(frozen=True)
 class Row:
-    """One layer by the latency table."""
+    """One layer by the latency table, and what could become of it."""
 
-    name: str
-    op: str
-    in_ch: int
-    out_ch: int
-    planned_in: int
-    planned_out: int
-    dense_ms: float
-    planned_ms: float
+    layer: LayerRow
     least_ms: float  # at the least width of all its groups
     stairs: Stairs | None  # over its output channels; None where they are not free
 
@@ -118,7 +110,7 @@ def explain(
         dense = _dense_ms(model, graph, target)
         return _explained(graph, costs, costs.dense, Measured(dense, dense, None))
     start = runs.as_record(Preflight, run.read("preflight.json", planning.PREFLIGHT))
-    report = runs.as_record(VerifyReport, run.read("verify.json", VERIFY))
+    report = runs.as_record(VerifyReport, run.read("verify.json", verify.FORMAT))
     known = [(n.units, n.measured_ms) for n in start.networks] + [(costs.dense, start.dense_ms)]
     kept = runs.keep_of(run.read("recipe.json", runs.RECIPE)["keep"])
     units = {**costs.dense, **{g: len(u) for g, u in kept.items()}}
@@ -151,10 +143,9 @@ def _dense_ms(model: nn.Module, graph: ModelGraph, target: Target) -> float:
 
 def _explained(graph: ModelGraph, costs: Costs, units: Mapping[str, int], measured: Measured) -> Explanation:
     floor = allocate.floor(costs)
-    present = {s.layer.name for s in costs.present(units)}
     timed = {s.layer.name for s in costs.surfaces}
     return Explanation(
-        rows=tuple(_row(s, costs, units, floor.widths, s.layer.name in present) for s in costs.surfaces),
+        rows=_rows(costs, units, floor.widths),
         groups=tuple(_group(costs, units, g) for g, w in costs.candidates.items() if len(w) > 1 and units[g]),
         untimed=tuple((x.name, x.shape.op) for x in graph.layers if x.name not in timed),
         frozen=graph.frozen,
@@ -166,20 +157,14 @@ def _explained(graph: ModelGraph, costs: Costs, units: Mapping[str, int], measur
     )
 
 
-def _row(s: Surface, costs: Costs, units: Mapping[str, int], least: Mapping[str, int], present: bool) -> Row:
-    a, b, c = (shape_at(s.layer, u) for u in (costs.dense, units, least))
-    return Row(
-        name=s.layer.name,
-        op=a.op,
-        in_ch=a.in_ch,
-        out_ch=a.out_ch,
-        planned_in=b.in_ch,
-        planned_out=b.out_ch,
-        dense_ms=s.at(a.in_ch, a.out_ch),
-        planned_ms=s.at(b.in_ch, b.out_ch) if present else 0.0,
-        least_ms=s.at(c.in_ch, c.out_ch),
-        stairs=_layer_stairs(s, costs, units) if present else None,
-    )
+def _rows(costs: Costs, units: Mapping[str, int], least: Mapping[str, int]) -> tuple[Row, ...]:
+    present = {s.layer.name for s in costs.present(units)}
+    rows = []
+    for s, layer in zip(costs.surfaces, costs.rows(units), strict=True):
+        shape = shape_at(s.layer, least)
+        stairs_ = _layer_stairs(s, costs, units) if layer.name in present else None
+        rows.append(Row(layer, s.at(shape.in_ch, shape.out_ch), stairs_))
+    return tuple(rows)
 
 
 def _layer_stairs(s: Surface, costs: Costs, units: Mapping[str, int]) -> Stairs | None:

@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import deploy, runs
+from . import deploy, runs, verify
 from .data import Data
 from .errors import DeployError
 from .records import Artifact, Receipt, VerifyReport
 from .runs import Run
 from .target import Target
-from .verify import TOLERANCE
 
 IMAGES = 8
 INPUTS, OUTPUTS = "smoke_inputs.npy", "smoke_outputs.npy"
@@ -34,7 +33,7 @@ def flash(run: Run, dense: nn.Module, data: Data, target: Target, folder: Path, 
     Raises:
         DeployError: nothing was switched; what was installed before still stands.
     """
-    report = runs.as_record(VerifyReport, run.read("verify.json", "edgeprune.verify/1"))
+    report = runs.as_record(VerifyReport, run.read("verify.json", verify.FORMAT))
     module = runs.load_model(run, dense)
     x, _ = next(iter(data.final.batches(min(IMAGES, len(data.final)))))
     with torch.inference_mode():
@@ -74,7 +73,7 @@ def smoke_test(target: Target) -> Callable[[Path], None]:
         artifact = Artifact(str(path), (str(path),), "", 0, "openvino-ir", precision)
         found = target.run(artifact, [inputs])
         off = float(np.abs(found - expected).max()) / (float(np.abs(expected).max()) or 1.0)
-        if not off <= TOLERANCE.get(precision, TOLERANCE["f32"]):
+        if not off <= verify.TOLERANCE.get(precision, verify.TOLERANCE["f32"]):
             raise DeployError(f"the installed model answers its recorded inputs with a difference of {off:.2g}")
 
     return smoke

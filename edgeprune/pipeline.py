@@ -17,7 +17,7 @@ from .finetune import load_state, read_tensors, save_tensors
 from .graph import Example, ModelGraph, trace
 from .importance import Importance
 from .planning import Aim, Bench, Chosen
-from .records import Budget, Keep, LayerRow, Plan, VerifyReport
+from .records import Budget, Keep, Plan, VerifyReport
 from .runs import Run
 from .store import Store
 from .target import Target
@@ -25,8 +25,7 @@ from .task import Task
 from .watch import Silent, Watch
 
 STEP = "edgeprune.step/1"
-VERIFY = "edgeprune.verify/1"
-TABLE = "edgeprune.table/1"
+FILLED = "edgeprune.filled/1"
 LAYERS = "edgeprune.layers/1"
 
 
@@ -134,7 +133,7 @@ def compress(
 
 
 def _report(run: Run) -> VerifyReport:
-    return runs.as_record(VerifyReport, run.read("verify.json", VERIFY))
+    return runs.as_record(VerifyReport, run.read("verify.json", verify.FORMAT))
 
 
 def _begun(model: nn.Module, within: Run | None) -> tuple[nn.Module, Keep]:
@@ -213,15 +212,8 @@ def write_layers(run: Run, costs: Costs, steps: int) -> None:
     chosen = _read_plan(run, steps)
     assert chosen is not None
     units = chosen.plan.widths
-    present = {s.layer.name for s in costs.present(units)}
-    rows = []
-    for s in costs.surfaces:
-        a, b = widths.shape_at(s.layer, costs.dense), widths.shape_at(s.layer, units)
-        planned_ms = s.at(b.in_ch, b.out_ch) if s.layer.name in present else 0.0
-        dense_ms = s.at(a.in_ch, a.out_ch)
-        rows.append(LayerRow(s.layer.name, a.op, a.in_ch, a.out_ch, b.in_ch, b.out_ch, dense_ms, planned_ms))
     groups = [{"id": g, "dense": n, "kept": units[g]} for g, n in costs.dense.items()]
-    run.write("layers.json", LAYERS, {"rows": rows, "groups": groups, "correction": costs.correction})
+    run.write("layers.json", LAYERS, {"rows": costs.rows(units), "groups": groups, "correction": costs.correction})
 
 
 def latency_costs(graph: ModelGraph, target: Target, asked: Asked, store: Store, run: Run, watch: Watch) -> Costs:
@@ -231,7 +223,7 @@ def latency_costs(graph: ModelGraph, target: Target, asked: Asked, store: Store,
     layers = measure.timed(graph.layers, target)
     with watch.stage("measure layers") as progress:
         table, filled = measure.fill(layers, candidates, target, store, progress)
-    run.write("table.json", TABLE, {"fingerprint": table.fingerprint, "filled": filled})
+    run.write("table.json", FILLED, {"fingerprint": table.fingerprint, "filled": filled})
     return measure.costs(layers, candidates, table, blocks)
 
 
@@ -354,5 +346,5 @@ def verify_on(
             networks[0], networks[1], bench.target, budget, predicted_ms, bench.reference_ms, graph.example,
             task.final, asked.accuracy_floor, progress,
         )  # fmt: skip
-    run.write("verify.json", VERIFY, report)
+    run.write("verify.json", verify.FORMAT, report)
     return report

@@ -1,7 +1,8 @@
 """Several budgets, one after the other: each network keeps a subset of the channels of the one before.
 
-The folder of a series holds `curve.json`, what each budget is worth, known before any training, and one whole run for
-each budget (`8ms/`, `6ms/`), which is reported, verified, exported and installed like any other.
+The folder of a series holds `series.json`, the budgets; `curve.json`, what each of them is worth, known before any
+training; and one whole run for each (`8ms/`, `6ms/`), which is reported, verified, exported and installed like any
+other.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .target import Target
 from .task import Task
 from .watch import Watch
 
+SERIES = "edgeprune.series/1"
 CURVE = "edgeprune.curve/1"
 
 
@@ -67,8 +69,7 @@ def compress(
         UnreachableBudget: before any training, when one of the budgets cannot be reached.
         RunError: the folder holds something else.
     """
-    if run.folder.exists() and any(run.folder.iterdir()) and not (resume and run.has("preflight.json")):
-        raise RunError(f"{run.folder} is not empty; go on with --resume, or give another folder with --run")
+    claim(run, [budgets.label(one.budget) for one in asked], resume)
     curve = _planned(model, example, target, task, asked, run, store, watch)
     outcomes: list[Outcome] = []
     for one in asked:
@@ -81,6 +82,27 @@ def compress(
             )
         )
     return Series(run, curve, tuple(outcomes))
+
+
+def claim(run: Run, labels: Sequence[str], resume: bool) -> None:
+    """Make a folder this series' own, or go on in it.
+
+    Raises:
+        RunError: it holds something else, or a series of other budgets, or a series and `resume` is off.
+    """
+    if not run.has("series.json"):
+        if run.folder.exists() and any(not path.name.startswith(".series.json.") for path in run.folder.iterdir()):
+            raise RunError(f"{run.folder} is not empty and holds no series of budgets; give another folder with --run")
+        run.write("series.json", SERIES, {"budgets": list(labels)})
+        return
+    found = run.read("series.json", SERIES)["budgets"]
+    if found != list(labels):
+        raise RunError(
+            f"{run.folder} was started with the budgets {', '.join(found)}, not {', '.join(labels)}; set them back, or "
+            "start a new run"
+        )
+    if not resume:
+        raise RunError(f"{run.folder} holds a series already; go on with --resume, or give another folder with --run")
 
 
 def _planned(

@@ -17,6 +17,7 @@ from .graph import Example, as_call
 from .records import Accuracy, Agreement, Artifact, Budget, NetworkCheck, Progress, Timing, VerifyReport
 from .target import Target
 
+FORMAT = "edgeprune.verify/1"
 TOLERANCE = {"f32": 1e-3, "f16": 2e-2, "bf16": 5e-2, "int8": 0.2}  # of the largest output, by precision
 AGREEMENT_IMAGES = 64
 WASTE = 0.05  # a network this far under its budget could have kept more

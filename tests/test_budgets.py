@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import small
 
-from edgeprune import budgets, cli, runs, verify
+from edgeprune import budgets, cli, runs, series, verify
 from edgeprune.budgets import Request
-from edgeprune.errors import BudgetError
+from edgeprune.errors import BudgetError, RunError
 from edgeprune.records import Budget, VerifyReport
 from edgeprune.runs import Run
 
@@ -94,6 +94,21 @@ def test_the_curve_is_known_before_training_and_falls_with_the_budget(nested: tu
     assert tight["alone"] >= tight["kept"]
 
 
+def test_a_series_that_was_killed_at_once_can_go_on_and_others_are_refused(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    series.claim(run, ["8ms", "6ms"], resume=False)
+    (run.folder / "dense").mkdir()  # exported, and killed before anything was measured
+    series.claim(run, ["8ms", "6ms"], resume=True)
+    with pytest.raises(RunError, match=r"holds a series already; go on with --resume, or give another folder"):
+        series.claim(run, ["8ms", "6ms"], resume=False)
+    with pytest.raises(RunError, match=r"was started with the budgets 8ms, 6ms, not 8ms, 4ms; set them back"):
+        series.claim(run, ["8ms", "4ms"], resume=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").touch()
+    with pytest.raises(RunError, match=r"is not empty and holds no series of budgets; give another folder"):
+        series.claim(Run(tmp_path / "other"), ["8ms", "6ms"], resume=True)
+
+
 def test_a_series_has_to_be_told_which_run_is_meant(
     nested: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,11 +126,11 @@ def test_a_run_is_explained_for_people_and_for_programs(
     report = runs.as_record(VerifyReport, Run(Path("runs/001/1.5x")).read("verify.json", "edgeprune.verify/1"))
     assert found["measured"]["planned_ms"] == report.pruned.latency.median_ms
     assert found["measured"]["floor_ms"] < found["measured"]["dense_ms"]
-    rows = {row["name"]: row for row in found["rows"]}
-    assert rows["fc"]["out_ch"] == rows["fc"]["planned_out"] == 10
+    rows = {row["layer"]["name"]: row for row in found["rows"]}
+    assert rows["fc"]["layer"]["out_ch"] == rows["fc"]["layer"]["planned_out"] == 10
     assert rows["fc"]["stairs"] is None  # classes are not pruned
-    assert any(row["planned_ms"] < row["dense_ms"] for row in found["rows"])
-    assert sum(row["least_ms"] for row in found["rows"]) < sum(row["dense_ms"] for row in found["rows"])
+    assert any(row["layer"]["planned_ms"] < row["layer"]["dense_ms"] for row in found["rows"])
+    assert sum(row["least_ms"] for row in found["rows"]) < sum(row["layer"]["dense_ms"] for row in found["rows"])
     assert cli.run(["explain", "--run", "runs/001/1.5x", "--quiet"]) == 0
     text = capsys.readouterr().out
     assert "sum of layers:" in text
@@ -135,7 +150,7 @@ def test_the_dense_network_is_explained_without_a_run(
     found = json.loads(capsys.readouterr().out)
     assert found["measured"]["dense_ms"] == found["measured"]["planned_ms"] > 0
     assert found["measured"]["floor_ms"] is None
-    assert all(row["planned_ms"] == row["dense_ms"] for row in found["rows"])
+    assert all(row["layer"]["planned_ms"] == row["layer"]["dense_ms"] for row in found["rows"])
 
 
 def test_one_network_meets_the_budgets_of_two_targets(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,17 +10,17 @@ import pytest
 from edgeprune import files
 from edgeprune.cli import explaining
 from edgeprune.explain import Explanation, GroupRow, Measured, Row, Stairs
-from edgeprune.records import FrozenChannels
+from edgeprune.records import FrozenChannels, LayerRow
 
 EDGE = Stairs(at=40, wider=40, narrower=32, at_ms=0.9, narrower_ms=0.7)  # 22 % faster for 20 % ... below FREE
 CLIFF = Stairs(at=40, wider=40, narrower=32, at_ms=1.0, narrower_ms=0.6)
 TREAD = Stairs(at=40, wider=48, narrower=40, at_ms=1.0, narrower_ms=1.0)
 FOUND = Explanation(
     rows=(
-        Row("conv1", "conv", 3, 64, 3, 40, 2.0, 1.0, 0.5, CLIFF),
-        Row("conv2", "conv", 64, 48, 40, 40, 4.0, 2.0, 0.5, TREAD),
-        Row("conv3", "conv", 48, 40, 40, 40, 1.0, 0.9, 0.5, EDGE),
-        Row("fc", "linear", 40, 10, 40, 10, 0.5, 0.5, 0.5, None),
+        Row(LayerRow("conv1", "conv", 3, 64, 3, 40, 2.0, 1.0), 0.5, CLIFF),
+        Row(LayerRow("conv2", "conv", 64, 48, 40, 40, 4.0, 2.0), 0.5, TREAD),
+        Row(LayerRow("conv3", "conv", 48, 40, 40, 40, 1.0, 0.9), 0.5, EDGE),
+        Row(LayerRow("fc", "linear", 40, 10, 40, 10, 0.5, 0.5), 0.5, None),
     ),
     groups=(GroupRow("conv1", 64, CLIFF), GroupRow("conv2", 48, TREAD)),
     untimed=(("add", "add"), ("add_1", "add"), ("cat", "concat")),

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from edgeprune import files, finetune, pipeline, planning, report, runs
+from edgeprune import files, finetune, pipeline, planning, report, runs, verify
 from edgeprune.errors import RunError
 from edgeprune.planning import Chosen, Measured, Preflight
 from edgeprune.records import (
@@ -80,7 +80,7 @@ ASKED = {
 def bare(folder: Path, checked: VerifyReport = PASSED) -> Run:
     """A folder that holds the last check alone."""
     run = Run(folder / "007")
-    run.write("verify.json", pipeline.VERIFY, checked)
+    run.write("verify.json", verify.FORMAT, checked)
     return run
 
 
@@ -93,7 +93,7 @@ def full(folder: Path, checked: VerifyReport = PASSED, groups: int = 3, prefix: 
     networks = (Measured(half, 0.105, 0.1753), Measured(dense, 1.766, 1.905))
     run.write("preflight.json", planning.PREFLIGHT, Preflight(2.181, 0.0014, networks[0], networks))
     filled = {"entries": 223, "measured": 20, "drifted": 1, "noise": 0.033, "notes": ["warm"]}
-    run.write("table.json", pipeline.TABLE, {"fingerprint": DEVICE, "filled": filled})
+    run.write("table.json", pipeline.FILLED, {"fingerprint": DEVICE, "filled": filled})
     attempts = (Measured(half, 1.0737, 1.0854), Measured(half, 1.0617, 1.057))
     for number, tried in ((1, ()), (2, attempts)):
         chosen = Chosen(Plan(half, 1.0617, 2.2, 36.3, 5e-5), {}, float("nan"), tried, "")

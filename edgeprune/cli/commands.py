@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,11 +71,8 @@ def check_target(name: str, path: ProjectFile = PROJECT, as_json: Json = False) 
     from .. import target
 
     sections = project.read(path).sections() if path.exists() else {}
-    opened = target.open_target(name, sections)
-    try:
+    with closing(target.open_target(name, sections)) as opened:
         found = {"name": name, "fingerprint": opened.fingerprint(), "state": opened.state()}
-    finally:
-        opened.close()
     show.result(files.plain(found), as_json, show.target)
 
 
@@ -117,11 +115,8 @@ def profile(
     from .. import profiling
 
     opened = _project(path, overrides)
-    device = opened.open_target(target)
-    try:
+    with closing(opened.open_target(target)) as device:
         found = profiling.profile(opened.model, opened.example, device, opened.config.compress, check, Bars(quiet))
-    finally:
-        device.close()
     show.result(profiling.as_json(found), as_json, lambda _: show.profile(found))
 
 
@@ -179,8 +174,7 @@ def explain(
 
     opened = _project(path, overrides)
     folder = None if dense else _finished(opened, run)
-    device = opened.open_target(target)
-    try:
+    with closing(opened.open_target(target)) as device:
         found = explaining_.explain(
             opened.model,
             opened.example,
@@ -190,8 +184,6 @@ def explain(
             None if folder is None else Run(folder),
             Bars(quiet),
         )
-    finally:
-        device.close()
     show.result(files.plain(found), as_json, lambda _: explaining.text(found))
 
 
@@ -208,12 +200,8 @@ def export(
     """Write a finished run's network as the files its target loads (ONNX and OpenVINO IR for cpu)."""
     opened = _project(path, overrides)
     module = opened.model if dense else api.load(_finished(opened, run), opened.model)
-    device = opened.open_target(target)
-    try:
-        with Bars(as_json).stage("export"):
-            artifact = device.export(module, opened.example, out)
-    finally:
-        device.close()
+    with closing(opened.open_target(target)) as device, Bars(as_json).stage("export"):
+        artifact = device.export(module, opened.example, out)
     show.result(files.plain(artifact), as_json, show.artifact)
 
 
@@ -230,11 +218,8 @@ def verify(
 
     opened = _project(path, overrides)
     found = Run(_finished(opened, run))
-    device = opened.open_target()
-    try:
+    with closing(opened.open_target()) as device:
         outcome = pipeline.verify_again(opened.model, device, opened.task(), found, Bars(quiet))
-    finally:
-        device.close()
     show.finished(outcome, report.write(found), as_json)
 
 
@@ -256,16 +241,13 @@ def flash(
         show.result({"versions": files.plain(deploy.versions(to))}, as_json, show.versions)
         return
     opened = _project(path, overrides)
-    device = opened.open_target()
-    try:
+    with closing(opened.open_target()) as device:
         if rollback:
             receipt = deploy.rollback(to, flashing.smoke_test(device))
         else:
             found = Run(_finished(opened, run))
             with Bars(as_json).stage("install and test"):
                 receipt = flashing.flash(found, opened.model, opened.data, device, to, keep)
-    finally:
-        device.close()
     show.result(files.plain(receipt), as_json, show.receipt)
 
 

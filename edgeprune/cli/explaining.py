@@ -7,7 +7,8 @@ from collections import Counter
 from rich.console import Console
 from rich.table import Table
 
-from ..explain import Explanation, Row, Stairs, free_speed, saved_share
+from ..explain import Explanation, Stairs, free_speed, saved_share
+from ..records import LayerRow
 
 LAYERS = 20  # of a long list
 GROUPS = 8
@@ -23,22 +24,23 @@ def text(found: Explanation) -> None:
 
 def _layers(found: Explanation) -> Table:
     table = Table("layer", "op", "channels", "dense ms", "planned ms", "share", "cannot go", "staircase")
-    total = sum(row.planned_ms for row in found.rows) or 1.0
-    for row in sorted(found.rows, key=lambda r: -r.planned_ms)[:LAYERS]:
+    total = sum(row.layer.planned_ms for row in found.rows) or 1.0
+    for row in sorted(found.rows, key=lambda r: -r.layer.planned_ms)[:LAYERS]:
+        layer = row.layer
         table.add_row(
-            row.name,
-            row.op,
-            _channels(row),
-            f"{row.dense_ms:.4f}",
-            f"{row.planned_ms:.4f}",
-            f"{row.planned_ms / total:.1%}",
-            f"{row.least_ms / row.dense_ms:.0%}",
+            layer.name,
+            layer.op,
+            _channels(layer),
+            f"{layer.dense_ms:.4f}",
+            f"{layer.planned_ms:.4f}",
+            f"{layer.planned_ms / total:.1%}",
+            f"{row.least_ms / layer.dense_ms:.0%}",
             "" if row.stairs is None else standing(row.stairs),
         )
     return table
 
 
-def _channels(row: Row) -> str:
+def _channels(row: LayerRow) -> str:
     dense, planned = f"{row.in_ch} -> {row.out_ch}", f"{row.planned_in} -> {row.planned_out}"
     return dense if dense == planned else f"{dense}, now {planned}"
 
@@ -56,7 +58,7 @@ def standing(stairs: Stairs) -> str:
 
 
 def _sums(found: Explanation) -> list[str]:
-    dense, planned = (sum(ms) for ms in zip(*((r.dense_ms, r.planned_ms) for r in found.rows), strict=True))
+    dense, planned = (sum(ms) for ms in zip(*((r.layer.dense_ms, r.layer.planned_ms) for r in found.rows), strict=True))
     measured = found.measured
     lines = [
         f"sum of layers: {dense:.4g} ms dense, {planned:.4g} ms now; end to end {measured.dense_ms:.4g} ms dense, "
@@ -80,12 +82,12 @@ def _beyond(summed: float, measured: float) -> str:
 
 
 def _limits(found: Explanation) -> list[str]:
-    dense = sum(row.dense_ms for row in found.rows)
+    dense = sum(row.layer.dense_ms for row in found.rows)
     least = sum(row.least_ms for row in found.rows)
-    fixed = [row for row in found.rows if row.stairs is None and row.least_ms >= 0.999 * row.dense_ms]
+    fixed = [row for row in found.rows if row.stairs is None and row.least_ms >= 0.999 * row.layer.dense_ms]
     lines = [f"{least / dense:.0%} of the layers' latency cannot be pruned at the least widths ({least:.4g} ms)"]
     if fixed:
-        longest = sorted(fixed, key=lambda r: -r.dense_ms)[:3]
+        longest = sorted((row.layer for row in fixed), key=lambda r: -r.dense_ms)[:3]
         named = ", ".join(f"{r.name} {r.dense_ms:.4g} ms" for r in longest)
         count = "1 layer has" if len(fixed) == 1 else f"{len(fixed)} layers have"
         lines.append(f"{count} no width to choose: {named}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -56,12 +57,9 @@ def check(
     if damaged:
         problem = sharing.implausible(damaged[0].timing)
         raise TableError(f"{len(damaged)} entries cannot be, such as {sharing.described(damaged[0].layer)}: {problem}")
-    device = _target(target, path)
-    try:
+    with closing(_target(target, path)) as device:
         sharing.check_fits(shared, device.fingerprint(), opened.path)
         found = measure.again(sharing.sample(shared.entries, count, seed=0), device)
-    finally:
-        device.close()
     show.result(found, as_json, show_tables.again)
     if found.count and abs(found.median - 1) > AGREES:
         raise MissedError(
@@ -90,11 +88,8 @@ def export(path: Path, which: Which = None, as_json: Json = False) -> None:
 def import_(file: Path, target: TargetName = None, path: ProjectFile = PROJECT, as_json: Json = False) -> None:
     """Take over a table that was measured on an equal device; any difference in conditions is refused by name."""
     shared = sharing.read(file)
-    device = _target(target, path)
-    try:
+    with closing(_target(target, path)) as device:
         sharing.check_fits(shared, device.fingerprint(), file)
-    finally:
-        device.close()
     added = sharing.add(_store(), shared, file.name)
     content = {"entries": len(shared.entries), "added": added}
     show.result(content, as_json, lambda c: print(f"{c['added']} of {c['entries']} entries added; the rest was known"))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .. import finetune, pipeline, planning, runs
+from .. import finetune, pipeline, planning, runs, verify
 from ..errors import RunError
 from ..finetune import Epoch
 from ..planning import Chosen, Preflight
@@ -82,10 +82,10 @@ def read(run: Run) -> Found:
     preflight = _optional(run, "preflight.json", planning.PREFLIGHT)
     layers: Json = {"rows": [], "groups": [], "correction": None} | _optional(run, "layers.json", pipeline.LAYERS)
     return Found(
-        report=runs.as_record(VerifyReport, run.read("verify.json", pipeline.VERIFY)),
+        report=runs.as_record(VerifyReport, run.read("verify.json", verify.FORMAT)),
         asked=_optional(run, "run.json", runs.RUN),
         preflight=runs.as_record(Preflight, preflight) if preflight else None,
-        filled=_optional(run, "table.json", pipeline.TABLE).get("filled", {}),
+        filled=_optional(run, "table.json", pipeline.FILLED).get("filled", {}),
         layers=runs.as_record(Layers, layers),
         steps=tuple(_steps(run)),
     )
