@@ -1,8 +1,9 @@
 """Run a network once and write down every operator it calls, as a list of `Op`s over numbered values.
 
 Under `torch.inference_mode` a dispatch mode sees the composite operators (conv2d, linear, batch_norm,
-scaled_dot_product_attention ...) before they are decomposed, at the cost of one ordinary forward pass. Composites
-without a rule of their own are decomposed on the spot.
+scaled_dot_product_attention ...) before they are decomposed. Composites without a rule of their own are decomposed on
+the spot. What depends on the input flows without data, so nothing heavy is computed; a network that reads its data, or
+does with it what only data can do, is run once more on the example itself.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import TraceError
 from .copies import without_weights
+from .dataless import META, Dataless, NeedsData
 
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -130,21 +132,23 @@ def record(
     Raises:
         TraceError: the forward pass failed; the message holds the error and the line.
     """
-    runner = model if owned else without_weights(model).train(training)
-    recorder = _Recorder(runner, has_rule, training)
     args, kwargs = as_call(example)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_no_fast_paths())
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(torch.inference_mode())
-        recorder.start(args, kwargs)
-        stack.enter_context(recorder)
-        stack.callback(recorder.unhook)
-        try:
-            output = runner(*args, **kwargs)
-        except Exception as error:
-            raise TraceError(_failed_forward(model, args, kwargs, error, recorder.op_name)) from error
-    recorder.finish(output)
+    devices = [leaf.device for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+    dataless = Dataless(devices[0] if devices else torch.device("cpu"))
+    for hollow in (dataless, None):
+        runner = model if owned else without_weights(model).train(training)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_no_fast_paths())
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            stack.enter_context(torch.inference_mode())
+            recorder = _Recorder(runner, has_rule, training, hollow)
+            stack.callback(recorder.unhook)
+            try:
+                recorder.run(runner, args, kwargs)
+                break
+            except Exception as error:
+                if hollow is None:
+                    raise TraceError(_failed_forward(model, args, kwargs, error, recorder.op_name)) from error
     return recorder.recording
 
 
@@ -176,9 +180,16 @@ def _failed_forward(
 class _Recorder(TorchDispatchMode):
     """Numbers tensors as they appear and appends an `Op` for each call."""
 
-    def __init__(self, model: nn.Module, has_rule: Callable[[OpOverload[..., Any]], bool], training: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        has_rule: Callable[[OpOverload[..., Any]], bool],
+        training: bool,
+        dataless: Dataless | None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.recording = Recording(training=training)
+        self._dataless = dataless
         self.op_name: Any = ""
         self._has_rule = has_rule
         self._numbers: Any = WeakIdKeyDictionary()
@@ -193,11 +204,13 @@ class _Recorder(TorchDispatchMode):
 
     # -- tensors ---------------------------------------------------------------------------------------------
 
-    def start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def run(self, runner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._dataless is not None:
+            args, kwargs = self._dataless.example((args, kwargs))
         flat, _ = tree_flatten((args, kwargs))
         self.recording.inputs = tuple(self._new(t, "input") for t in flat if isinstance(t, Tensor))
-
-    def finish(self, output: Any) -> None:
+        with self:
+            output = runner(*args, **kwargs)
         self.recording.output = self._refs(_plain(output))
 
     def _number_state(self, name: str, tensor: Tensor) -> None:
@@ -209,6 +222,8 @@ class _Recorder(TorchDispatchMode):
     def _new(self, tensor: Tensor, source: str, name: str = "", from_input: bool | None = None) -> int:
         keep = source == "constant" or (source == "state" and not tensor.is_floating_point())
         keep = keep or (source == "op" and not from_input and not tensor.is_floating_point())
+        if keep and self._dataless is not None and tensor.device == META:
+            raise NeedsData("a constant has no data")
         value = Value(
             shape=tuple(tensor.shape),
             dtype=tensor.dtype,
@@ -237,6 +252,8 @@ class _Recorder(TorchDispatchMode):
             return {key: self._refs(item) for key, item in tree.items()}
         if isinstance(tree, (int, float, str, type(None))):
             return tree
+        if tree == META and self._dataless is not None:  # what is written down is the call with data
+            return self._dataless.device
         return tree_map(lambda leaf: Ref(self._number(leaf)) if isinstance(leaf, Tensor) else leaf, tree)
 
     # -- modules ---------------------------------------------------------------------------------------------
@@ -286,7 +303,10 @@ class _Recorder(TorchDispatchMode):
         if func._schema.name in READS_DATA and from_input:
             self.recording.reads[len(self.recording.ops)] = _users_line()
         aliases = _writes_to_view(func, args)
-        result = func(*args, **kwargs)
+        if self._dataless is None:
+            result = func(*args, **kwargs)
+        else:
+            result = self._dataless.call(func, args, kwargs, from_input)
         leaves = [result] if isinstance(result, Tensor) else tree_flatten(result)[0]
         outputs = tuple(
             self._new(leaf, "op", from_input=from_input) if isinstance(leaf, Tensor) else -1 for leaf in leaves
