@@ -30,7 +30,10 @@ EPOCH = (1980, 1, 1, 0, 0, 0)  # the same sources make the same bytes
 START_S = 60.0
 PAUSE_S = 2.0  # between attempts to get a link back
 NOISE_LINES = 200  # of a login shell
-ADVICE = {"numpy": "sudo apt install python3-numpy, or python3 -m pip install numpy"}
+ADVICE = {
+    "numpy": "sudo apt install python3-numpy, or python3 -m pip install numpy",
+    "ai_edge_litert": "python3 -m pip install ai-edge-litert (before Python 3.9: tflite-runtime 'numpy<2')",
+}
 
 
 def program() -> tuple[str, bytes]:

@@ -78,7 +78,7 @@ class Cpu:
         )
         return [_record(Timing, timing) for timing in reply["timings"]]
 
-    def export(self, module: Any, example: Example, folder: Path) -> Artifact:
+    def export(self, module: Any, example: Example, folder: Path, calibration: Sequence[NDArray[Any]] = ()) -> Artifact:
         """model.onnx, and the same network as OpenVINO IR: model.xml with model.bin."""
         try:
             import openvino

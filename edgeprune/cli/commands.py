@@ -116,7 +116,9 @@ def profile(
 
     opened = _project(path, overrides)
     with closing(opened.open_target(target)) as device:
-        found = profiling.profile(opened.model, opened.example, device, opened.config.compress, check, Bars(quiet))
+        found = profiling.profile(
+            opened.model, opened.example, device, opened.config.compress, check, Bars(quiet), opened.calibration(device)
+        )
     show.result(profiling.as_json(found), as_json, lambda _: show.profile(found))
 
 
@@ -183,6 +185,7 @@ def explain(
             store.Store(store.default_path()),
             None if folder is None else Run(folder),
             Bars(quiet),
+            opened.calibration(device),
         )
     show.result(files.plain(found), as_json, lambda _: explaining.text(found))
 
@@ -201,7 +204,7 @@ def export(
     opened = _project(path, overrides)
     module = opened.model if dense else api.load(_finished(opened, run), opened.model)
     with closing(opened.open_target(target)) as device, Bars(as_json).stage("export"):
-        artifact = device.export(module, opened.example, out)
+        artifact = device.export(module, opened.example, out, opened.calibration(device))
     show.result(files.plain(artifact), as_json, show.artifact)
 
 
