@@ -21,7 +21,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .errors import AgentError, LinkError, RuntimeMissing, TargetError
+from .errors import AgentError, DeployError, EdgepruneError, LinkError, RuntimeMissing, TargetError
 from .link import Process
 
 PROTOCOL = 1
@@ -145,7 +145,7 @@ class Agent:
             self._process.close()
             raise
         if "error" in reply:
-            raise AgentError(f"{name} failed on the device: {reply['error']['message']}")
+            raise _failed(name, reply["error"])
         return reply["result"]
 
     def close(self) -> None:
@@ -181,6 +181,14 @@ def first_object(process: Process, deadline_s: float) -> dict[str, Any]:
         f"the device's login shell prints more than {NOISE_LINES} lines before the device program starts; make it "
         "silent for shells that are not interactive"
     )
+
+
+def _failed(name: str, error: dict[str, Any]) -> EdgepruneError:
+    """What a call ended with: an installation's own words, anything else with the name of the call."""
+    text = str(error["message"])
+    if error["kind"] == "DeployError":
+        return DeployError(text.partition(": ")[2])
+    return AgentError(f"{name} failed on the device: {text}")
 
 
 def _missing(error: dict[str, Any]) -> str:

@@ -34,12 +34,16 @@ class Host(Protocol):
     """A machine with Python. Close it when done: nothing stays running there."""
 
     name: str
+    copies: bool  # what `put` returns is a copy that belongs to edgeprune
 
     def start(self, runtime: str) -> Agent:
         """Start the device program for a runtime; raises TargetError that says what is missing."""
 
     def put(self, path: Path) -> str:
         """Make a file's content available there and return its path; what is there already is not sent again."""
+
+    def drop(self, remote: str) -> None:
+        """Delete the copy that `put` made."""
 
     def place(self, name: str) -> str:
         """A path there for a file that a program there will write; gone after `close`."""
@@ -57,6 +61,7 @@ class Here:
     """This machine: files are used where they are."""
 
     name = "this machine"
+    copies = False
 
     def __init__(self) -> None:
         self._folder: Path | None = None
@@ -66,6 +71,9 @@ class Here:
 
     def put(self, path: Path) -> str:
         return str(path.absolute())
+
+    def drop(self, remote: str) -> None:
+        pass
 
     def place(self, name: str) -> str:
         self._folder = self._folder or Path(tempfile.mkdtemp(prefix="edgeprune-run-"))
@@ -95,10 +103,12 @@ class Ssh:
         folder: on the device, for the device program and files.
     """
 
+    copies = True
+
     def __init__(self, destination: str, config: Path | None = None, folder: str = FOLDER) -> None:
         if not destination or destination.startswith("-") or not destination.isprintable():
             raise TargetError(f"{destination!r} is no host; write it as ssh takes it: pi@raspberrypi.local")
-        self.name, self._folder = destination, folder
+        self.name, self.config, self._folder = destination, config, folder
         self._session = secrets.token_hex(8)
         # sockets have short names, and no other user may come near this one
         self._sockets = Path(tempfile.mkdtemp(prefix="edgeprune-ssh-", dir="/tmp"))
@@ -172,6 +182,9 @@ class Ssh:
                         break  # its reply says why it takes no more
             reply = self._heard(store, f"{path.name} could not be sent to {self.name}")
         return str(reply["path"])
+
+    def drop(self, remote: str) -> None:
+        self._ask(self._opened_store(), {"remove": str(Path(remote).parent)})
 
     def place(self, name: str) -> str:
         self._opened_store()
@@ -247,6 +260,11 @@ class Ssh:
             if process is not None:
                 process.close()
         self._store = self._link = None
+
+
+def reach(destination: str, like: Host) -> Host:
+    """Another machine, with the same ssh configuration as one that is known."""
+    return Ssh(destination, like.config if isinstance(like, Ssh) else None)
 
 
 def explained(name: str, text: str) -> TargetError:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from .errors import ConfigError, UsageError
+from .host import Host
 from .records import Artifact, DeviceState, Fingerprint, LayerShape, Progress, Timing
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ class Target(Protocol):
     """A device with a runtime. Opened with `open_target`, closed when done."""
 
     name: str
+    host: Host  # where its device program runs
+    runtime: str  # of the device program: the name of a file in profilers/
+    opening: Mapping[str, Any]  # the arguments of the device program's `open`
 
     def fingerprint(self) -> Fingerprint:
         """What a measurement here depends on."""

@@ -30,8 +30,6 @@ PROTOCOL = 1
 
 def main(argv: list[str]) -> int:
     """Serve the runtime named by the first argument until standard input ends; the second names the session."""
-    if len(argv) > 2:
-        end_others(argv[2])
     replies = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)
 
@@ -46,8 +44,11 @@ def main(argv: list[str]) -> int:
         return 3
     program = runtime.Program()
     calls: dict[str, Callable[..., Any]] = program.calls()
+    finishes = getattr(program, "finishes", False)
+    if len(argv) > 2 and not finishes:
+        end_others(argv[2])
     send({"ready": PROTOCOL})
-    for line in lines(finish=getattr(program, "finishes", False)):
+    for line in lines(finishes):
         if line.strip():
             answer(line, calls, send)
     return 0

@@ -52,7 +52,7 @@ def _initrd(kernel: Path, busybox: bytes) -> bytes:
         if name in contents or name not in modules:
             return  # built in
         path = modules[name]
-        content = lzma.open(path).read() if path.suffix == ".xz" else path.read_bytes()
+        content = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
         needed = re.search(rb"\0depends=([^\0]*)\0", content)
         for other in needed[1].decode().split(",") if needed else ():
             add(other.replace("-", "_"))

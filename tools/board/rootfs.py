@@ -82,8 +82,8 @@ def _settings(folder: Path, keys: Path) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
     texts = {
         "etc/passwd": PASSWD, "etc/group": GROUP, "etc/shadow": SHADOW, "etc/hostname": "board\n",
-        "etc/hosts": "127.0.0.1 localhost board\n", "etc/ssh/sshd_config": SSHD, "etc/inittab": INITTAB, "etc/rcS": START,
-        "etc/ssh/ssh_host_ed25519_key": (keys / "host").read_text(),
+        "etc/hosts": "127.0.0.1 localhost board\n", "etc/ssh/sshd_config": SSHD, "etc/inittab": INITTAB,
+        "etc/rcS": START, "etc/ssh/ssh_host_ed25519_key": (keys / "host").read_text(),
     }  # fmt: skip
     for name, text in texts.items():
         (folder / name).write_text(text)
@@ -120,7 +120,7 @@ def _compile(folder: Path, version: str) -> None:
 
 
 class Apt:
-    """This machine's own package sources, for arm64, with a state of their own: nothing here is installed or changed."""
+    """This machine's own package sources, for arm64, with a state of their own: nothing of this machine changes."""
 
     def __init__(self, folder: Path) -> None:
         self.debs = folder / "debs"
