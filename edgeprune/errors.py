@@ -13,6 +13,7 @@ EdgepruneError                 something the user can act on; the message says w
     UnreachableBudget   (1)    a budget that this device cannot reach, with the floor
   MissedError           (1)    the finished network misses its budget or its accuracy floor
   TargetError           (3)    a target that cannot be reached, or does not work
+    LinkError                  the link to a device broke, or cannot be made now
     RuntimeMissing             the runtime a target needs is not installed
     AgentError                 the program on the device died, hung or answered nonsense
   DeployError           (3)    an installation that failed; what was installed before still stands
@@ -73,6 +74,10 @@ class MissedError(EdgepruneError):
 
 class TargetError(EdgepruneError):
     exit_code = 3
+
+
+class LinkError(TargetError):
+    pass
 
 
 class RuntimeMissing(TargetError):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from numpy.typing import NDArray
 from torch import nn
 
 from . import allocate, measure, planning, runs, verify, widths
@@ -86,6 +88,7 @@ def explain(
     store: Store,
     run: Run | None,
     watch: Watch,
+    calibration: Sequence[NDArray[Any]] = (),
 ) -> Explanation:
     """Explain the latency of a finished run's network, or of the dense one.
 
@@ -97,6 +100,7 @@ def explain(
         store: latency measurements.
         run: a finished run; None for the dense network.
         watch: who is told.
+        calibration: of every input, some real ones, where exports for the target need them.
     """
     section = section if run is None else _as_run(section, run)
     graph = trace(model, example, section.protected)
@@ -107,7 +111,7 @@ def explain(
         table, _ = measure.fill(layers, candidates, target, store, progress)
     costs = measure.costs(layers, candidates, table, blocks)
     if run is None:
-        dense = _dense_ms(model, graph, target)
+        dense = _dense_ms(model, graph, target, calibration)
         return _explained(graph, costs, costs.dense, Measured(dense, dense, None))
     start = runs.as_record(Preflight, run.read("preflight.json", planning.PREFLIGHT))
     report = runs.as_record(VerifyReport, run.read("verify.json", verify.FORMAT))
@@ -134,9 +138,9 @@ def _as_run(section: CompressSection, run: Run) -> CompressSection:
     return section.model_copy(update={key: asked[key] for key in ("protected", "min_width", "drop_blocks")})
 
 
-def _dense_ms(model: nn.Module, graph: ModelGraph, target: Target) -> float:
+def _dense_ms(model: nn.Module, graph: ModelGraph, target: Target, calibration: Sequence[NDArray[Any]]) -> float:
     with tempfile.TemporaryDirectory(prefix="edgeprune-explain-") as folder:
-        bench = Bench(model, graph, target, Path(folder))
+        bench = Bench(model, graph, target, Path(folder), calibration)
         bench.time([])
     return bench.reference_ms
 

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
+import select
 import subprocess
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 
-from .errors import AgentError
+from .errors import AgentError, LinkError
 
-STDERR_LINES = 12  # quoted when a program dies
+STDERR_LINES, QUOTED_LINES = 60, 12  # kept; quoted when a program dies
+WRITE_S = 60.0  # a program that takes nothing for this long hangs
 
 
 class Process:
-    """A running program: write lines, read lines with a deadline, quote what it said last when it dies."""
+    """A running program: write lines, read lines with a deadline, quote what it said last when it dies.
 
-    def __init__(self, command: Sequence[str], environment: dict[str, str] | None = None) -> None:
-        self.command = list(command)
+    Args:
+        command: the program and its arguments.
+        environment: of the program; default: this process's.
+        link_status: the exit status by which the program says that the link to the device broke.
+    """
+
+    def __init__(
+        self, command: Sequence[str], environment: dict[str, str] | None = None, link_status: int | None = None
+    ) -> None:
+        self.command, self._link_status = list(command), link_status
         try:
             self._process = subprocess.Popen(
                 self.command,
@@ -52,11 +63,20 @@ class Process:
             self._said.append(line.decode("utf-8", "replace").rstrip())
 
     def write(self, line: str) -> None:
-        """Send one line; raises AgentError when the program is gone."""
+        """Send one line; raises AgentError when the program is gone or takes nothing."""
+        self.send(line.encode() + b"\n")
+
+    def send(self, content: bytes) -> None:
+        """Send bytes; raises AgentError when the program is gone or takes nothing."""
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(line.encode() + b"\n")
-            self._process.stdin.flush()
+            handle, left = self._process.stdin.fileno(), memoryview(content)
+            os.set_blocking(handle, False)
+            while left:
+                if not select.select([], [handle], [], WRITE_S)[1]:
+                    raise AgentError(f"{self.command[0]} took no input for {WRITE_S:g} s and was stopped")
+                with contextlib.suppress(BlockingIOError):
+                    left = left[os.write(handle, left) :]
         except (BrokenPipeError, ValueError) as error:
             raise self.died() from error
 
@@ -68,6 +88,10 @@ class Process:
         Raises:
             AgentError: the program ended, or said nothing until the deadline.
         """
+        return self.receive(deadline_s).decode("utf-8", "replace")
+
+    def receive(self, deadline_s: float) -> bytes:
+        """The next line as it came: bytes up to a newline. Raises as `read` does."""
         try:
             line = self._lines.get(timeout=max(0.0, deadline_s - time.monotonic()))
         except queue.Empty:
@@ -76,19 +100,25 @@ class Process:
             ) from None
         if line is None:
             raise self.died()
-        return line.decode("utf-8", "replace")
+        return line
 
-    def died(self) -> AgentError:
+    def died(self) -> AgentError | LinkError:
+        """What became of a program that is gone."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=5)
         self._readers[1].join(timeout=2)
+        if self.status() == self._link_status is not None:
+            return LinkError(f"the link to the device broke; last messages: {self.last_words()}")
         return AgentError(
-            f"the program on the device ended (exit status {self._process.returncode}); last messages: "
-            f"{self.last_words()}"
+            f"the program on the device ended (exit status {self.status()}); last messages: {self.last_words()}"
         )
 
-    def last_words(self) -> str:
-        return " | ".join(self._said) or "none"
+    def status(self) -> int | None:
+        """Its exit status; None while it runs."""
+        return self._process.poll()
+
+    def last_words(self, lines: int = QUOTED_LINES) -> str:
+        return " | ".join(list(self._said)[-lines:]) or "none"
 
     def close(self) -> None:
         """End the program: politely, then not."""

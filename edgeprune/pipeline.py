@@ -7,8 +7,10 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from . import allocate, files, importance, measure, planning, runs, surgery, verify, widths
@@ -20,7 +22,7 @@ from .planning import Aim, Bench, Chosen
 from .records import Budget, Keep, Plan, VerifyReport
 from .runs import Run
 from .store import Store
-from .target import Target
+from .target import Target, calibrated
 from .task import Task
 from .watch import Silent, Watch
 
@@ -110,8 +112,11 @@ def compress(
         student, keep = _begun(model, within)
         with watch.stage("score channels"):
             scores = current_scores(student, graph, keep, task, asked)
-        aims = [aim_at(target, asked.budget, graph, model, scores, asked, run, store, watch)]
-        aims += [aim_at(a.target, a.budget, graph, model, scores, asked, a.run_in(run), store, watch) for a in also]
+        images = calibration(task, [target, *(a.target for a in also)])
+        aims = [aim_at(target, asked.budget, graph, model, scores, asked, run, store, watch, images)]
+        aims += [
+            aim_at(a.target, a.budget, graph, model, scores, asked, a.run_in(run), store, watch, images) for a in also
+        ]
         first: Chosen | None = None
         if not run.has("step-1/plan.json"):  # the contract is checked before any training
             first = planning.meet(
@@ -153,15 +158,21 @@ def aim_at(
     run: Run,
     store: Store,
     watch: Watch,
+    calibration: Sequence[NDArray[Any]] = (),
 ) -> Aim:
     """Measure what this network's layers cost on a target, and that its budget can be reached there."""
     costs = latency_costs(graph, target, asked, store, run, watch)
     with watch.stage("export the dense network"):
-        bench = Bench(model, graph, target, run.folder)
+        bench = Bench(model, graph, target, run.folder, calibration)
     start, costs = planning.preflight(bench, costs, scores, run, watch, asked.seed)
     wanted_ms = planning.check_budget(budget, start)
     watch.say(f"dense {start.dense_ms:.4g} ms, floor {start.floor.measured_ms:.4g} ms, budget {wanted_ms:.4g} ms")
     return Aim(bench, costs, wanted_ms)
+
+
+def calibration(task: Task, targets: Sequence[Target]) -> list[NDArray[Any]]:
+    """Some training images, where one of the targets needs them."""
+    return task.calibration() if any(map(calibrated, targets)) else []
 
 
 def size_bytes(budget: Budget) -> float | None:
@@ -180,7 +191,7 @@ def verify_again(model: nn.Module, target: Target, task: Task, run: Run, watch: 
     asked = _asked(run)
     pruned = runs.load_model(run, model)
     graph = trace(model, runs.read_example(run.path("example.safetensors")), asked.protected)
-    bench = Bench(model, graph, target, run.folder)
+    bench = Bench(model, graph, target, run.folder, calibration(task, [target]))
     bench.time([])
     chosen = _read_plan(run, asked.steps)
     assert chosen is not None
@@ -198,7 +209,7 @@ def _asked(run: Run) -> Asked:
 
 def facts(model: nn.Module, task: Task) -> dict[str, object]:
     """What is kept of a run besides what was asked for."""
-    packages = ("edgeprune", "torch", "numpy", "scipy", "openvino", "onnx")
+    packages = ("edgeprune", "torch", "numpy", "scipy", "openvino", "onnx", "ai_edge_litert", "litert_torch")
     found = {name: version(name) for name in packages if importlib.util.find_spec(name) is not None}
     return {
         "network": type(model).__name__,
@@ -335,7 +346,7 @@ def verify_on(
 ) -> VerifyReport:
     """Both networks on a target, interleaved; the result is written to `run`."""
     with watch.stage("export the pruned network"):
-        artifact = bench.target.export(pruned, graph.example, run.path("artifact"))
+        artifact = bench.export(pruned, run.path("artifact"))
     smaller = trace(pruned, graph.example)
     networks = [
         verify.Network(dense, bench.dense, graph.total_params, graph.total_macs),

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from numpy.typing import NDArray
 from torch import nn
 
 from . import allocate, importance, measure, surgery
@@ -68,9 +70,17 @@ class Chosen:
 class Bench:
     """Exports cut networks and times them in turn with the dense one, relative to its first latency."""
 
-    def __init__(self, model: nn.Module, graph: ModelGraph, target: Target, folder: Path) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: ModelGraph,
+        target: Target,
+        folder: Path,
+        calibration: Sequence[NDArray[Any]] = (),
+    ) -> None:
         self.model, self.graph, self.target, self.folder = model, graph, target, folder
-        self.dense: Artifact = target.export(model, graph.example, folder / "dense")
+        self.calibration = calibration
+        self.dense = self.export(model, folder / "dense")
         self.reference_ms = 0.0
         self.noise = 0.0
 
@@ -85,10 +95,13 @@ class Bench:
         folders = [self.folder / f"plan-{at}" for at in range(len(keeps))]
         try:
             modules = (surgery.cut(self.model, self.graph, keep) for keep in keeps)
-            yield [self.target.export(m, self.graph.example, f) for m, f in zip(modules, folders, strict=True)]
+            yield [self.export(m, f) for m, f in zip(modules, folders, strict=True)]
         finally:
             for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def export(self, module: nn.Module, folder: Path) -> Artifact:
+        return self.target.export(module, self.graph.example, folder, self.calibration)
 
     def timed(self, artifacts: Sequence[Artifact]) -> list[float]:
         dense, *cut = measure.time_networks([self.dense, *artifacts], self.target)

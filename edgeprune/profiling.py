@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,13 @@ class Profile:
 
 
 def profile(
-    model: nn.Module, example: Example, target: Target, section: CompressSection, check: int, watch: Watch
+    model: nn.Module,
+    example: Example,
+    target: Target,
+    section: CompressSection,
+    check: int,
+    watch: Watch,
+    calibration: Sequence[NDArray[Any]] = (),
 ) -> Profile:
     """Measure every layer width that plans may choose; with `check`, time that many whole networks as well."""
     graph = trace(model, example, section.protected)
@@ -75,7 +81,7 @@ def profile(
     costs = measure.costs(layers, candidates, table, ())
     half = {g: measure.nearest(w, w[-1] / 2) for g, w in candidates.items()}
     rows = tuple(Row(s.layer, _at(s, costs.dense), _at(s, half)) for s in costs.surfaces)
-    compared = _compare(model, graph, costs, target, check, watch) if check else None
+    compared = _compare(model, graph, costs, target, check, watch, calibration) if check else None
     return Profile(rows, filled, allocate.floor(costs).predicted_ms, compared)
 
 
@@ -101,7 +107,15 @@ def _at(surface: Surface, units: Mapping[str, int]) -> float:
     return surface.at(shape.in_ch, shape.out_ch)
 
 
-def _compare(model: nn.Module, graph: ModelGraph, costs: Costs, target: Target, count: int, watch: Watch) -> Check:
+def _compare(
+    model: nn.Module,
+    graph: ModelGraph,
+    costs: Costs,
+    target: Target,
+    count: int,
+    watch: Watch,
+    calibration: Sequence[NDArray[Any]],
+) -> Check:
     """Build and time whole networks of random widths, in turn; fit the correction on some, judge it on the others."""
     scores = importance.score(model, graph.groups, "random")
     tested = measure.random_plans(costs.candidates, count, seed=2)
@@ -109,7 +123,7 @@ def _compare(model: nn.Module, graph: ModelGraph, costs: Costs, target: Target, 
     plans = [*tested, *fitted_on]
     folder = Path(tempfile.mkdtemp(prefix="edgeprune-check-"))
     try:
-        bench = Bench(model, graph, target, folder)
+        bench = Bench(model, graph, target, folder, calibration)
         with watch.stage(f"time {len(plans) + 1} whole networks") as progress:
             progress(0, 1)
             measured = np.array(bench.time([importance.best(scores, plan) for plan in plans]))

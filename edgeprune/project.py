@@ -13,6 +13,7 @@ from .config import Config
 from .errors import ConfigError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from .data import Data
@@ -80,6 +81,12 @@ class Project:
 
         tuned = self.config.finetune.model_dump(exclude={"epochs", "step_epochs"})
         return Settings(**tuned, seed=self.config.compress.seed)
+
+    def calibration(self, target: Target) -> list[NDArray[Any]]:
+        """Some training images, where exports for this target need them and the project has data."""
+        from .target import calibrated
+
+        return self.task().calibration() if calibrated(target) and self.config.data is not None else []
 
     def sections(self) -> dict[str, dict[str, Any]]:
         """The [target.*] sections as plain dicts."""

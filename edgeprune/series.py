@@ -120,7 +120,7 @@ def _planned(
     graph = trace(model, example, first.protected)
     costs = pipeline.latency_costs(graph, target, first, store, run, watch)
     scores = importance.score(model, graph.groups, first.importance, task.batches(), first.seed)
-    bench = Bench(model, graph, target, run.folder)
+    bench = Bench(model, graph, target, run.folder, pipeline.calibration(task, [target]))
     start, costs = planning.preflight(bench, costs, scores, run, watch, first.seed)
     wanted = [planning.check_budget(one.budget, start) for one in asked]
     found = curve(costs, scores, first.strategy, wanted, first.seed)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from .errors import ConfigError, UsageError
+from .host import Host
 from .records import Artifact, DeviceState, Fingerprint, LayerShape, Progress, Timing
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ class Target(Protocol):
     """A device with a runtime. Opened with `open_target`, closed when done."""
 
     name: str
+    host: Host  # where its device program runs
+    runtime: str  # of the device program: the name of a file in profilers/
+    opening: Mapping[str, Any]  # the arguments of the device program's `open`
 
     def fingerprint(self) -> Fingerprint:
         """What a measurement here depends on."""
@@ -55,8 +59,17 @@ class Target(Protocol):
     def timed_as(self, shape: LayerShape) -> LayerShape | None:
         """The form in which a layer can be timed alone, or None: what cannot ends up in the table's correction."""
 
-    def export(self, module: nn.Module, example: Example, folder: Path) -> Artifact:
-        """Write `module` as the files this target's runtime loads, into `folder`."""
+    def export(
+        self, module: nn.Module, example: Example, folder: Path, calibration: Sequence[NDArray[Any]] = ()
+    ) -> Artifact:
+        """Write `module` as the files this target's runtime loads, into `folder`.
+
+        Args:
+            module: in torch.
+            example: one input; its batch size is fixed in the files.
+            folder: made where it is missing.
+            calibration: of every input, some real ones (images, ...), for precisions that need to know their range.
+        """
 
     def run(
         self, artifact: Artifact, inputs: Sequence[NDArray[Any]], progress: Progress | None = None
@@ -67,6 +80,11 @@ class Target(Protocol):
         """Load, clock and temperature now."""
 
     def close(self) -> None: ...
+
+
+def calibrated(target: Target) -> bool:
+    """Do this target's exports need to know the range of real inputs?"""
+    return target.fingerprint().precision == "int8"
 
 
 def kinds() -> list[str]:

@@ -8,6 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from . import finetune
@@ -15,6 +17,7 @@ from .finetune import Epoch, Images, Settings
 from .records import Progress
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+CALIBRATION = 64  # images
 
 
 class Task(Protocol):
@@ -24,6 +27,9 @@ class Task(Protocol):
 
     def batches(self) -> Batches:
         """Some training images, augmented: for gradients and batch norm."""
+
+    def calibration(self) -> list[NDArray[Any]]:
+        """Some training images, (images, ...), for exports that need to know their range; [] where there are none."""
 
     def adapt(self, model: nn.Module) -> None:
         """What a fresh cut needs before anything else, in place: batch norm."""
@@ -54,6 +60,9 @@ class Classification:
         size = min(self.settings.batch_size, len(self._train))
         count = max(1, round(self.settings.bn_images / size))
         return islice(self._train.batches(size, shuffle_seed=self.settings.seed, augment=True), count)
+
+    def calibration(self) -> list[NDArray[Any]]:
+        return _some_of(self._train.batches(min(CALIBRATION, len(self._train)), shuffle_seed=self.settings.seed))
 
     def adapt(self, model: nn.Module) -> None:
         if self.settings.bn_images:
@@ -89,6 +98,9 @@ class Callables:
     def batches(self) -> Batches:
         return self._batches() if self._batches is not None else ()
 
+    def calibration(self) -> list[NDArray[Any]]:
+        return _some_of(self.batches())
+
     def adapt(self, model: nn.Module) -> None:
         if self._batches is not None:
             finetune.reestimate_batch_norm(model, self._batches())
@@ -105,3 +117,12 @@ class Callables:
 
     def describe(self) -> dict[str, Any]:
         return {"loop": "your own" if self._train is not None else "none"}
+
+
+def _some_of(batches: Batches) -> list[NDArray[Any]]:
+    found: list[NDArray[Any]] = []
+    for x, _ in batches:
+        found.append(x.detach().cpu().numpy())
+        if sum(map(len, found)) >= CALIBRATION:
+            break
+    return [np.concatenate(found)[:CALIBRATION]] if found else []

@@ -6,6 +6,10 @@
 
 The first thing on the wire is {"ready": PROTOCOL}. Replies go to the descriptor that was standard output; descriptor 1
 itself is pointed at standard error, so that nothing a C library prints can end up between them.
+
+When standard input ends the host is gone, and so is the program, in the middle of a measurement too. Where the link
+breaks so that the device does not notice, the host starts the program again with the same session name: that ends what
+is left of the last one.
 """
 
 from __future__ import annotations
@@ -13,16 +17,19 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import queue
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 PROTOCOL = 1
 
 
 def main(argv: list[str]) -> int:
-    """Serve the runtime named by the first argument until standard input ends."""
+    """Serve the runtime named by the first argument until standard input ends; the second names the session."""
     replies = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)
 
@@ -32,14 +39,46 @@ def main(argv: list[str]) -> int:
     try:
         runtime = importlib.import_module("." + argv[1], __package__)
     except ImportError as error:
-        send({"error": {"kind": "RuntimeMissing", "message": "%s: %s" % (argv[1], error)}})
+        message = "%s: %s" % (argv[1], error)
+        send({"error": {"kind": "RuntimeMissing", "message": message, "module": error.name}})
         return 3
-    calls: dict[str, Callable[..., Any]] = runtime.Program().calls()
+    program = runtime.Program()
+    calls: dict[str, Callable[..., Any]] = program.calls()
+    finishes = getattr(program, "finishes", False)
+    if len(argv) > 2 and not finishes:
+        end_others(argv[2])
     send({"ready": PROTOCOL})
-    for line in sys.stdin:
+    for line in lines(finishes):
         if line.strip():
             answer(line, calls, send)
     return 0
+
+
+def lines(finish: bool) -> Iterator[str]:
+    """Requests; the process ends with its input, but a program that finishes what it does ends after that."""
+    waiting: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            waiting.put(line)
+        if not finish:
+            os._exit(0)
+        waiting.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    return iter(waiting.get, None)
+
+
+def end_others(session: str) -> None:
+    """Kill device programs of this session that a broken link has left behind."""
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open("/proc/%s/cmdline" % name, "rb") as stream:
+                arguments = stream.read().decode("utf-8", "replace").split("\0")
+            if int(name) != os.getpid() and arguments[-2:-1] == [session]:
+                os.kill(int(name), signal.SIGKILL)
+        except OSError:
+            continue  # it has ended, or it is another user's
 
 
 def answer(line: str, calls: dict[str, Callable[..., Any]], send: Callable[[dict[str, Any]], None]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from .. import export, files
-from ..agent import Agent
 from ..errors import RuntimeMissing
 from ..graph import Example
+from ..host import Here, Host
 from ..records import Artifact, DeviceState, Fingerprint, LayerShape, Progress, Timing
 from ..target import Target
 
@@ -46,11 +46,14 @@ class Cpu:
 
     def __init__(self, name: str, options: Options) -> None:
         self.name, self.options = name, options
+        self.host: Host = Here()
+        self.runtime = "openvino"
+        self.opening: Mapping[str, Any] = {"threads": options.threads, "precision": options.precision}
         try:
-            self._agent = Agent.local("openvino")
+            self._agent = self.host.start(self.runtime)
         except RuntimeMissing as error:
             raise RuntimeMissing(f"target {name} needs OpenVINO ({error}); install it with: {INSTALL}") from error
-        opened = self._agent.call("open", SILENCE_S, threads=options.threads, precision=options.precision)
+        opened = self._agent.call("open", SILENCE_S, **self.opening)
         self._machine: dict[str, str] = opened["machine"]
 
     def fingerprint(self) -> Fingerprint:
@@ -78,7 +81,7 @@ class Cpu:
         )
         return [_record(Timing, timing) for timing in reply["timings"]]
 
-    def export(self, module: Any, example: Example, folder: Path) -> Artifact:
+    def export(self, module: Any, example: Example, folder: Path, calibration: Sequence[NDArray[Any]] = ()) -> Artifact:
         """model.onnx, and the same network as OpenVINO IR: model.xml with model.bin."""
         try:
             import openvino

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from edgeprune.profilers import deploy, history
+from edgeprune.profilers.history import DeployError
 
-from edgeprune import deploy
-from edgeprune.errors import DeployError
 from edgeprune.records import Receipt
 
 KILLS = 25
@@ -87,11 +87,11 @@ def model(folder: Path, step: str, size_bytes: int = 1000, others: int = 0) -> d
 
 
 def put(folder: Path, step: str, smoke: Callable[[Path], None] = answers, **options: Any) -> Receipt:
-    return deploy.install(model(folder.parent, step), {"step": step}, folder, smoke, **options)
+    return Receipt(**deploy.install(model(folder.parent, step), {"step": step}, folder, smoke, **options))
 
 
 def back(folder: Path) -> str:
-    receipt = deploy.rollback(folder, answers)
+    receipt = Receipt(**deploy.rollback(folder, answers))
     assert (folder / "current").resolve() == folder / "versions" / receipt.version
     return read_current(folder)
 
@@ -130,7 +130,7 @@ def wait_for(happened: Callable[[], bool]) -> None:
 def test_an_installed_model_is_what_was_exported(folder: Path) -> None:
     source = model(folder.parent, "A")
     facts = {"step": "A", "input": (1, 3, 32, 32), "latency_ms": 1.25, "labels": ["cat", "dög"]}
-    receipt = deploy.install(source, facts, folder, answers)
+    receipt = Receipt(**deploy.install(source, facts, folder, answers))
     version = folder / "versions" / receipt.version
     assert os.readlink(folder / "current") == f"versions/{receipt.version}"
     assert {path.name for path in version.iterdir()} == {*source, "manifest.json"}
@@ -264,7 +264,8 @@ def test_rollbacks_go_further_back_and_an_install_starts_from_there(folder: Path
 
 def test_the_receipt_of_a_rollback_names_both_versions(folder: Path) -> None:
     first, second = put(folder, "A"), put(folder, "B")
-    assert deploy.rollback(folder, answers) == Receipt(str(folder), first.version, first.sha256, second.version)
+    receipt = Receipt(**deploy.rollback(folder, answers))
+    assert receipt == Receipt(str(folder), first.version, first.sha256, second.version)
 
 
 def test_installing_what_is_current_again_does_not_lengthen_the_way_back(folder: Path) -> None:
@@ -298,7 +299,7 @@ def test_a_version_that_is_installed_again_is_the_newest(folder: Path) -> None:
 
 
 def test_the_line_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deploy, "LINE_LIMIT", 3)
+    monkeypatch.setattr(history, "LINE_LIMIT", 3)
     for step in "ABABABAB":
         put(folder, step)
     assert [back(folder), back(folder)] == ["A", "B"]

@@ -10,6 +10,7 @@ import typer
 
 from .. import api, budgets, config, files, project
 from ..errors import ConfigError, MissedError, UsageError
+from ..records import Receipt
 from ..runs import Run
 from . import compressing, explaining, show, tables
 from .progress import Bars, console
@@ -20,6 +21,7 @@ app.add_typer(targets_app, name="targets")
 app.add_typer(tables.app, name="table")
 
 RUNS = "runs"  # beside edgeprune.toml
+DEPLOYED = "deployed"
 
 ProjectFile = Annotated[Path, typer.Option("--project", "-p", help="the project file")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a key: --set compress.steps=5")]
@@ -116,7 +118,9 @@ def profile(
 
     opened = _project(path, overrides)
     with closing(opened.open_target(target)) as device:
-        found = profiling.profile(opened.model, opened.example, device, opened.config.compress, check, Bars(quiet))
+        found = profiling.profile(
+            opened.model, opened.example, device, opened.config.compress, check, Bars(quiet), opened.calibration(device)
+        )
     show.result(profiling.as_json(found), as_json, lambda _: show.profile(found))
 
 
@@ -183,6 +187,7 @@ def explain(
             store.Store(store.default_path()),
             None if folder is None else Run(folder),
             Bars(quiet),
+            opened.calibration(device),
         )
     show.result(files.plain(found), as_json, lambda _: explaining.text(found))
 
@@ -201,7 +206,7 @@ def export(
     opened = _project(path, overrides)
     module = opened.model if dense else api.load(_finished(opened, run), opened.model)
     with closing(opened.open_target(target)) as device, Bars(as_json).stage("export"):
-        artifact = device.export(module, opened.example, out)
+        artifact = device.export(module, opened.example, out, opened.calibration(device))
     show.result(files.plain(artifact), as_json, show.artifact)
 
 
@@ -226,29 +231,44 @@ def verify(
 @app.command()
 def flash(
     run: RunFolder = None,
-    to: Annotated[Path, typer.Option(help="folder to install into")] = Path("deployed"),
+    to: Annotated[
+        list[str] | None,
+        typer.Option(help="FOLDER on the target's device, or HOST:FOLDER by ssh; several, or commas between"),
+    ] = None,
     keep: Annotated[int, typer.Option(min=1, help="versions that stay installed")] = 5,
+    service: Annotated[str, typer.Option(help="command that restarts the model's user after the switch")] = "",
     rollback: Annotated[bool, typer.Option("--rollback", help="go back to the version before")] = False,
     list_: Annotated[bool, typer.Option("--list", help="list the installed versions")] = False,
+    target: TargetName = None,
     path: ProjectFile = PROJECT,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Install a finished run: versioned, atomic, checked by checksum and by running it."""
-    from .. import deploy, flashing
+    """Install a finished run: versioned, atomic, checked by checksum and by running it there.
 
-    if list_:
-        show.result({"versions": files.plain(deploy.versions(to))}, as_json, show.versions)
-        return
+    Several devices get it one after the other, and none after the first that fails.
+    """
+    from .. import deploy, flashing
+    from ..host import Host
+
+    where = flashing.places(to or [DEPLOYED])
     opened = _project(path, overrides)
-    with closing(opened.open_target()) as device:
-        if rollback:
-            receipt = deploy.rollback(to, flashing.smoke_test(device))
-        else:
-            found = Run(_finished(opened, run))
-            with Bars(as_json).stage("install and test"):
-                receipt = flashing.flash(found, opened.model, opened.data, device, to, keep)
-    show.result(files.plain(receipt), as_json, show.receipt)
+    with closing(opened.open_target(target)) as device:
+        if list_:
+            found = flashing.everywhere(device, where, deploy.versions)
+            show.each(where, [{"versions": files.plain(list(versions))} for versions in found], as_json, show.versions)
+            return
+        if not rollback:
+            sources, manifest = flashing.package(Run(_finished(opened, run)), opened.model, opened.data, device)
+
+        def act(host: Host, folder: str) -> Receipt:
+            if rollback:
+                return deploy.rollback(host, folder, service)
+            return deploy.install(host, sources, manifest, folder, keep, service)
+
+        with Bars(as_json).stage("install and test"):
+            receipts = flashing.everywhere(device, where, act)
+    show.each(where, files.plain(receipts), as_json, show.receipt)
 
 
 @app.command("report")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,6 +167,20 @@ def _accuracy(network: NetworkCheck) -> str:
 def artifact(content: Mapping[str, Any]) -> None:
     for name in content["files"]:
         print(name)
+
+
+def each(where: Sequence[Any], contents: Sequence[Any], as_json: bool, for_people: Callable[[Any], None]) -> None:
+    """What was found in one place or in several, each with its name."""
+    if len(where) == 1:
+        result(contents[0], as_json, for_people)
+    elif as_json:
+        print(
+            json.dumps({"places": [{"place": str(p), **content} for p, content in zip(where, contents, strict=True)]})
+        )
+    else:
+        for place, content in zip(where, contents, strict=True):
+            print(f"{place}:")
+            for_people(content)
 
 
 def versions(content: Mapping[str, Any]) -> None:

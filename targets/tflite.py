@@ -1,0 +1,144 @@
+"""A processor through LiteRT (TensorFlow Lite) and XNNPACK: this machine's, or a board's."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import tempfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+from .. import files, flatbuffer, litert
+from ..errors import RuntimeMissing, UsageError
+from ..graph import Example
+from ..host import Here, Host
+from ..records import Artifact, DeviceState, Fingerprint, LayerShape, Progress, Timing
+from ..target import Target
+
+SILENCE_S = 300.0  # without a word from the device program for this long, it hangs
+MODEL = "model.tflite"
+T = TypeVar("T")
+
+
+class Options(BaseModel):
+    """[target.NAME] kind = "tflite"."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["tflite"] = "tflite"
+    threads: PositiveInt = Field(1, description="threads of one inference")
+    precision: Literal["f32", "f16", "int8"] = Field(
+        "f32", description="f16: weights only; int8: weights and activations, calibrated on training images"
+    )
+    xnnpack: bool = Field(True, description="the kernels of XNNPACK; without them, the runtime's own")
+
+
+def open_target(name: str, options: Options) -> Target:
+    return Tflite(name, options, Here())
+
+
+class Tflite:
+    """LiteRT in a process of its own, on as many processors as it has threads."""
+
+    def __init__(self, name: str, options: Options, host: Host) -> None:
+        self.name, self.options, self._host = name, options, host
+        try:
+            self._agent = host.start("tflite")
+        except RuntimeMissing as error:
+            raise RuntimeMissing(f"target {name} needs LiteRT ({error})") from error
+        opened = self._agent.call("open", SILENCE_S, threads=options.threads, xnnpack=options.xnnpack)
+        self._machine: dict[str, str] = opened["machine"]
+
+    def fingerprint(self) -> Fingerprint:
+        machine = dict(self._machine)
+        return Fingerprint(
+            kind="tflite",
+            device=machine.pop("processor"),
+            runtime=machine.pop("runtime"),
+            precision=self.options.precision,
+            threads=self.options.threads,
+            details=tuple(sorted((k, v) for k, v in machine.items() if k not in ("python", "model"))),
+        )
+
+    def timed_as(self, shape: LayerShape) -> LayerShape | None:
+        """As it is, its sum too: here that is an operator of its own."""
+        return shape if flatbuffer.buildable(shape) else None
+
+    def time(
+        self, items: Sequence[LayerShape | Artifact], least: int, most: int, interval: float, budget_s: float
+    ) -> list[Timing]:
+        wire = [
+            {"layer": self._packed(i)} if isinstance(i, LayerShape) else {"model": self._host.put(Path(i.path))}
+            for i in items
+        ]
+        reply = self._agent.call(
+            "time", SILENCE_S + 3 * budget_s, items=wire, least=least, most=most, interval=interval, budget_s=budget_s
+        )
+        return [_record(Timing, timing) for timing in reply["timings"]]
+
+    def _packed(self, shape: LayerShape) -> str:
+        """A layer as the device gets it: a model, quantised as whole networks are, small enough for a line of text."""
+        content = flatbuffer.layer_model(shape)
+        random = np.random.Generator(np.random.PCG64(0))
+        sizes = flatbuffer.input_shapes(content)
+        noise = [random.standard_normal(size).astype(np.float32) for size in sizes]
+        return base64.b64encode(zlib.compress(litert.quantise(content, self.options.precision, [noise]))).decode()
+
+    def export(self, module: Any, example: Example, folder: Path, calibration: Sequence[NDArray[Any]] = ()) -> Artifact:
+        """model.tflite."""
+        int8 = self.options.precision == "int8"
+        if int8 and not calibration:
+            raise UsageError(
+                f"target {self.name} has precision int8, which is calibrated on images: give the project a [data] "
+                "section, or `batches` to edgeprune.compress; or choose precision f32 or f16"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        content = litert.convert(module, example)
+        samples = litert.slices(calibration, example) if int8 else ()
+        with files.writing(folder / MODEL) as beside:
+            beside.write_bytes(litert.quantise(content, self.options.precision, samples))
+        path = folder / MODEL
+        return Artifact(
+            path=str(path),
+            files=(str(path),),
+            sha256=files.sha256(path),
+            size_bytes=path.stat().st_size,
+            format="tflite",
+            precision=self.options.precision,
+        )
+
+    def run(
+        self, artifact: Artifact, inputs: Sequence[NDArray[Any]], progress: Progress | None = None
+    ) -> NDArray[np.float32]:
+        def on_event(event: Any) -> None:
+            if progress is not None:
+                progress(int(event["done"]), int(event["of"]))
+
+        with tempfile.TemporaryDirectory(prefix="edgeprune-run-") as folder:
+            sent = []
+            for at, array in enumerate(inputs):
+                np.save(f"{folder}/input{at}.npy", litert.channels_last(array))
+                sent.append(self._host.put(Path(f"{folder}/input{at}.npy")))
+            model, output = self._host.put(Path(artifact.path)), self._host.place("output.npy")
+            self._agent.call("run", SILENCE_S, on_event, path=model, inputs=sent, output=output)
+            self._host.get(output, Path(f"{folder}/output.npy"))
+            found = np.load(f"{folder}/output.npy", allow_pickle=False)
+        return litert.channels_first(np.asarray(found, dtype=np.float32))
+
+    def state(self) -> DeviceState:
+        return _record(DeviceState, self._agent.call("state", SILENCE_S))
+
+    def close(self) -> None:
+        self._agent.close()
+        self._host.close()
+
+
+def _record(kind: type[T], reply: dict[str, Any]) -> T:
+    """A record from those fields of a reply that it has."""
+    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in reply.items() if k in names})
