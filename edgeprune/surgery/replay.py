@@ -253,6 +253,8 @@ class _Builder:
         func: OpOverload[..., Any] = op.func
         if name in SPLITS and self.changes[at] is not None:
             func = aten.split_with_sizes.default
+        elif func in (aten.view.default, aten._unsafe_view.default):
+            func = aten.reshape.default  # tensors with data may lie in memory in another order than those without
         elif func._schema.is_mutable and self.shortcuts and not op.aliases:
             func = _out_of_place(func)
         if self.doubled is not None:
