@@ -185,7 +185,7 @@ def compress(network: Network, target: Target) -> dict[str, Any]:
         budgets = {str(share): share * start.dense_ms for share in SHARES}
         budgets["floor"] = FLOOR_ROOM * start.floor.measured_ms
         chosen = {
-            name: planning.meet([Aim(bench, costs, budget)], scores, "knapsack", 0, Silent())
+            name: planning.meet([Aim(bench, costs, budget)], scores, allocate.solve, Silent())
             for name, budget in budgets.items()
             if budget >= start.floor.measured_ms
         }

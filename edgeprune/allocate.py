@@ -7,12 +7,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import knapsack
-from .errors import UnreachableBudget, UsageError
 from .importance import Importance, kept_value
 from .records import Block, Layer, LayerRow, LayerShape, Plan
 from .table import IDENTITY, Correction, Surface, follows_input, layer_ms, predict_ms, reach, weights_mib
@@ -20,8 +20,23 @@ from .widths import shape_at, size
 
 Floats = NDArray[np.float64]
 Candidates = Mapping[str, tuple[int, ...]]
-SETTLE = 40  # halvings of a share until a budget is met
 PRODUCTS = 1024  # combinations of widths that a layer is priced at one by one; beyond, its concat is taken as linear
+
+
+class Allocator(Protocol):
+    """Chooses widths."""
+
+    def __call__(self, costs: Costs, importance: Importance, budget_ms: float, limits: Sequence[Limit] = (), /) -> Plan:
+        """Choose.
+
+        Args:
+            costs: of the network on its device.
+            importance: group -> (width,) scores.
+            budget_ms: of the predicted latency.
+            limits: further budgets: other devices' latencies, size.
+        Raises:
+            UnreachableBudget: not even the smallest network meets them.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,37 +123,6 @@ def size_limit(layers: Sequence[Layer], candidates: Candidates, dense_bytes: int
     return Limit("size in bytes", parts, rest, budget_bytes)
 
 
-def allocate(
-    strategy: str,
-    costs: Costs,
-    importance: Importance,
-    budget_ms: float,
-    seed: int = 0,
-    limits: Sequence[Limit] = (),
-) -> Plan:
-    """Choose widths.
-
-    Args:
-        strategy: "knapsack" (exact), "uniform" (the same share of every group), "random" (shares drawn at random).
-        costs: of the network on its device.
-        importance: group -> (width,) scores.
-        budget_ms: of the predicted latency.
-        seed: for "random".
-        limits: further budgets: other devices' latencies, size.
-    Raises:
-        UnreachableBudget: not even the smallest network meets them.
-    """
-    if strategy == "knapsack":
-        return solve(costs, importance, budget_ms, limits)
-    if strategy == "uniform":
-        return _to_budget(costs, importance, budget_ms, dict.fromkeys(costs.candidates, 1.0), limits)
-    if strategy == "random":
-        draw = np.random.Generator(np.random.PCG64(seed)).random
-        shares = {g: 0.2 + 0.8 * draw() for g in costs.candidates}
-        return _to_budget(costs, importance, budget_ms, shares, limits)
-    raise UsageError(f"strategy {strategy!r} does not exist; choose knapsack, uniform or random")
-
-
 def solve(
     costs: Costs, importance: Importance, budget_ms: float, limits: Sequence[Limit] = (), gap: float = knapsack.GAP
 ) -> Plan:
@@ -164,45 +148,6 @@ def at_most(costs: Costs, units: Mapping[str, int]) -> Costs:
 
 def _units(costs: Costs, solution: knapsack.Solution) -> dict[str, int]:
     return {g: w[c] for (g, w), c in zip(costs.candidates.items(), solution.choice, strict=True)}
-
-
-def _to_budget(
-    costs: Costs, importance: Importance, budget_ms: float, shape: Mapping[str, float], limits: Sequence[Limit]
-) -> Plan:
-    """Scale shares of widths, all together, to the largest that meet the budgets."""
-
-    def at(share: float) -> dict[str, int]:
-        wanted = {g: min(1.0, share * shape[g] / max(shape.values())) * w[-1] for g, w in costs.candidates.items()}
-        return {
-            g: max((w for w in costs.candidates[g] if 0 < w <= wanted[g]), default=_least(costs.candidates[g]))
-            for g in costs.candidates
-        }
-
-    def fits(units: Mapping[str, int]) -> bool:
-        return costs.predict_ms(units) <= budget_ms and all(
-            limit.predict(units, costs.blocks) <= limit.budget for limit in limits
-        )
-
-    low, high = 0.0, 1.0 / min(v / max(shape.values()) for v in shape.values())
-    if not fits(at(low)):
-        others = "".join(
-            f"; {limit.name} {limit.predict(at(low), costs.blocks):.4g}, the budget is {limit.budget:.4g}"
-            for limit in limits
-        )
-        raise UnreachableBudget(
-            f"the smallest network is predicted at {costs.predict_ms(at(low)):.4g} ms, the budget is {budget_ms:.4g} ms"
-            f"{others}"
-        )
-    for _ in range(SETTLE):
-        middle = (low + high) / 2
-        low, high = (middle, high) if fits(at(middle)) else (low, middle)
-    widths = at(low)
-    value = sum(float(kept_value(importance[g], [w])[0]) for g, w in widths.items())
-    return Plan(widths, costs.predict_ms(widths), costs.predict_ms(costs.dense), value, float("nan"))
-
-
-def _least(widths: Sequence[int]) -> int:
-    return next(w for w in widths if w)
 
 
 # ---- the problem as arrays -----------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import budgets, pipeline, runs, store, target
-from .config import CompressSection
+from . import budgets, pipeline, runs, search, store, target
+from .config import CompressSection, SearchSection
 from .errors import UsageError
 from .graph import Example
 from .pipeline import Asked, Outcome
@@ -33,6 +33,7 @@ def compress(
     resume: bool = False,
     targets: Mapping[str, Mapping[str, Any]] | None = None,
     watch: Watch | None = None,
+    search_settings: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Outcome:
     """Prune `model` to a latency measured on `target`, with your own training loop.
@@ -48,11 +49,13 @@ def compress(
         run: a folder for the run's files; default: the next one in runs/.
         resume: go on in that folder.
         targets: [target.*] sections by name, as in edgeprune.toml.
+        search_settings: the keys of [search], for strategies that try candidates.
         settings: the other keys of [compress]: steps, importance, strategy, protected, min_width ...
     Raises:
         UnreachableBudget: before any training, with the fastest this device can be.
     """
     section = CompressSection.model_validate(settings)
+    searching = SearchSection.model_validate(search_settings or {})
     opened = target if not isinstance(target, str) else _open(target, targets or {})
     folder = Path(run) if run is not None else next_run(Path("runs"))
     try:
@@ -61,7 +64,7 @@ def compress(
             example,
             opened,
             Callables(train, evaluate, batches),
-            asked(section, one_budget(latency_ms, speedup, section.size_mb)),
+            asked(section, one_budget(latency_ms, speedup, section.size_mb), searching),
             Run(folder),
             store.Store(store.default_path()),
             watch,
@@ -81,8 +84,8 @@ def load(run: str | Path, model: nn.Module) -> nn.Module:
     return runs.load_model(Run(Path(run)), model)
 
 
-def asked(section: CompressSection, budget: Budget) -> Asked:
-    """What a [compress] section asks for, with one of its budgets."""
+def asked(section: CompressSection, budget: Budget, searching: SearchSection) -> Asked:
+    """What the [compress] and [search] sections ask for, with one of the budgets."""
     return Asked(
         budget=budget,
         strategy=section.strategy,
@@ -93,6 +96,7 @@ def asked(section: CompressSection, budget: Budget) -> Asked:
         drop_blocks=section.drop_blocks,
         accuracy_floor=section.accuracy_floor,
         seed=section.seed,
+        search=searching if section.strategy in search.NAMES else None,
     )
 
 

@@ -109,7 +109,9 @@ class CompressSection(Section):
         None, description="budget: dense latency divided by this; several, or one for each target"
     )
     size_mb: PositiveFloat | None = Field(None, description="budget: of the exported file, beside the latency")
-    strategy: Literal["knapsack", "uniform", "random"] = Field("knapsack", description="how widths are chosen")
+    strategy: Literal["knapsack", "uniform", "random", "rl", "genetic", "random-search"] = Field(
+        "knapsack", description="how widths are chosen"
+    )
     importance: Literal["sp-lamp", "sp-lamp-log", "l1", "l2", "taylor", "random"] = Field(
         "sp-lamp", description="how channels are scored"
     )
@@ -142,6 +144,48 @@ class FinetuneSection(Section):
     bn_images: int = Field(1024, ge=0, description="training images for re-estimating batch norm after a cut")
 
 
+class RLSection(Section):
+    """[search.rl]: RL-Pruner. A distribution over groups says where channels go; it moves towards what did best."""
+
+    rate: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="how far the distribution moves towards the best sample; 0 is random search"
+    )
+    noise: float = Field(0.04, ge=0, description="of samples around the distribution, whose entries add up to 1")
+    clip: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="an entry changes by this factor at most")
+    samples: PositiveInt = Field(10, description="drawn before each move, and remembered")
+    lookahead: PositiveInt = Field(1, description="steps of the budget schedule that a sample is judged by")
+    discount: Annotated[float, Field(ge=0, le=1)] = Field(0.9, description="weight of each further step of lookahead")
+    epsilon: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.4, description="chance to move towards any remembered sample; falls to 0 over the first tenth of the search"
+    )
+
+
+class GeneticSection(Section):
+    """[search.genetic]: GeneCAI. Widths evolve; what none beats in both accuracy and latency is the Pareto front."""
+
+    mode: Literal["nsga2", "score"] = Field(
+        "nsga2", description="nsga2: non-dominated sorting; score: GeneCAI's own scalar score"
+    )
+    population: PositiveInt | None = Field(None, description="default: a tenth of the evaluations, at most 50")
+    directed: bool = Field(True, description="begin with networks that each layer alone could bear")
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.01, description="accuracy that cutting one layer alone may cost, for the directed beginning"
+    )
+    threshold: Annotated[float, Field(ge=0, le=1)] = Field(0.6, description="of the score: accuracy below is punished")
+    pressure: float = Field(100.0, ge=0, description="of the score: weight of what latency is saved")
+
+
+class SearchSection(Section):
+    """[search]: for strategies that try candidates: rl, genetic, random-search."""
+
+    evaluations: PositiveInt = Field(300, description="different networks that are cut and judged, over all steps")
+    images: PositiveInt = Field(1000, description="of the search split, that each is judged on")
+    workers: PositiveInt = Field(1, exclude=True, description="processes; more than one, or --ray, needs Ray")
+    ray: str = Field("", exclude=True, description="address of a Ray cluster; auto: the one on this machine")
+    rl: RLSection = Field(default_factory=RLSection)  # type: ignore[arg-type]
+    genetic: GeneticSection = Field(default_factory=GeneticSection)  # type: ignore[arg-type]
+
+
 class Config(Section):
     """The whole file."""
 
@@ -150,6 +194,7 @@ class Config(Section):
     target: dict[str, TargetSection] = Field(default_factory=dict)
     compress: CompressSection = Field(default_factory=CompressSection)  # type: ignore[arg-type]
     finetune: FinetuneSection = Field(default_factory=FinetuneSection)  # type: ignore[arg-type]
+    search: SearchSection = Field(default_factory=SearchSection)  # type: ignore[arg-type]
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -218,11 +263,15 @@ def _explain(problem: Any) -> str:
 
 
 def _section_at(path: Sequence[str]) -> type[BaseModel] | None:
-    sections: dict[str, type[BaseModel]] = {
-        "model": ModelSection, "data": DataSection, "target": TargetSection, "compress": CompressSection,
-        "finetune": FinetuneSection,
-    }  # fmt: skip
-    return sections.get(path[0]) if path else Config
+    if path[:1] == ["target"]:
+        return TargetSection
+    section: type[BaseModel] = Config
+    for key in path:
+        field = section.model_fields.get(key)
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            return DataSection if path == ["data"] else None
+        section = field.annotation
+    return section
 
 
 def _keys_at(path: Sequence[str]) -> list[str]:

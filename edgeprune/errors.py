@@ -12,6 +12,7 @@ EdgepruneError                 something the user can act on; the message says w
   BudgetError           (2)    a budget that makes no sense
     UnreachableBudget   (1)    a budget that this device cannot reach, with the floor
   MissedError           (1)    the finished network misses its budget or its accuracy floor
+  WorkerError           (3)    a process that judges candidates died again and again
   TargetError           (3)    a target that cannot be reached, or does not work
     LinkError                  the link to a device broke, or cannot be made now
     RuntimeMissing             the runtime a target needs is not installed
@@ -70,6 +71,10 @@ class UnreachableBudget(BudgetError):
 
 class MissedError(EdgepruneError):
     exit_code = 1
+
+
+class WorkerError(EdgepruneError):
+    exit_code = 3
 
 
 class TargetError(EdgepruneError):

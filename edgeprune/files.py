@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from .errors import EdgepruneError, RunError
 
 BESIDE = re.compile(r"\..+\.(?P<process>\d+)-\w+")  # names of what is written beside its place
@@ -157,6 +159,8 @@ def plain(content: Any) -> Any:
     """Records, tuples and paths as JSON values."""
     if dataclasses.is_dataclass(content) and not isinstance(content, type):
         return {f.name: plain(getattr(content, f.name)) for f in dataclasses.fields(content)}
+    if isinstance(content, BaseModel):
+        return content.model_dump(mode="json")
     if isinstance(content, dict):
         return {str(key): plain(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from . import files
 from .errors import RunError
-from .records import Progress
+from .records import Evaluation, Progress
 
 FORMAT = "edgeprune.epoch/1"
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -95,6 +95,24 @@ def accuracy(model: nn.Module, images: Images, batch_size: int = 256) -> float:
         total += len(y)
     model.train(was_training)
     return correct / max(total, 1)
+
+
+@torch.no_grad()
+def judge(model: nn.Module, images: Images, count: int, seed: int, batch_size: int = 250) -> Evaluation:
+    """Cross-entropy and top-1 accuracy in evaluation mode on `count` of the images, drawn by `seed`."""
+    was_training = model.training
+    model.eval()
+    correct, loss, total = 0, 0.0, 0
+    for x, y in images.batches(batch_size, shuffle_seed=seed):
+        x, y = x[: count - total], y[: count - total]
+        out = model(x)
+        correct += int((out.argmax(1) == y).sum())
+        loss += float(functional.cross_entropy(out, y, reduction="sum"))
+        total += len(y)
+        if total >= count:
+            break
+    model.train(was_training)
+    return Evaluation(loss / max(total, 1), correct / max(total, 1))
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, share: float, temperature: float) -> Tensor:

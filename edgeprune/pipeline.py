@@ -13,14 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from . import allocate, files, importance, measure, planning, runs, surgery, verify, widths
-from .allocate import Costs
+from . import allocate, allocators, files, importance, measure, planning, runs, search, surgery, verify, widths
+from .allocate import Allocator, Costs
+from .config import SearchSection
 from .finetune import load_state, read_tensors, save_tensors
 from .graph import Example, ModelGraph, trace
 from .importance import Importance
 from .planning import Aim, Bench, Chosen
 from .records import Budget, Keep, Plan, VerifyReport
 from .runs import Run
+from .search import Space, Subject
 from .store import Store
 from .target import Target, calibrated
 from .task import Task
@@ -44,6 +46,7 @@ class Asked:
     drop_blocks: bool
     accuracy_floor: float | None
     seed: int
+    search: SearchSection | None = None  # of strategies that try candidates
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,13 +122,15 @@ def compress(
         ]
         first: Chosen | None = None
         if not run.has("step-1/plan.json"):  # the contract is checked before any training
-            first = planning.meet(
-                _at_most(aims, keep), scores, asked.strategy, asked.seed, watch, size_bytes(asked.budget)
-            )
+            forecast = search.forecast(asked.strategy, asked.seed)
+            first = planning.meet(_at_most(aims, keep), scores, forecast, watch, size_bytes(asked.budget))
             watch.say(f"a plan of {first.measured_ms:.4g} ms holds on the device")
-        for step, budgets in enumerate(_budgets(aims, keep, asked.steps), 1):
-            ready = first if asked.steps == 1 else None
-            student, keep = prune_step(step, student, keep, model, graph, aims, budgets, ready, task, asked, run, watch)
+        schedule = _budgets(aims, keep, asked.steps)
+        for step in range(1, asked.steps + 1):
+            ready = first if asked.steps == 1 and asked.strategy not in search.NAMES else None
+            student, keep = prune_step(
+                step, student, keep, model, graph, aims, schedule[step - 1 :], ready, task, asked, run, watch
+            )
         write_layers(run, aims[0].costs, asked.steps)
         runs.save_model(run, student, graph, keep)
         for one, aim in zip(also, aims[1:], strict=True):
@@ -245,19 +250,26 @@ def prune_step(
     dense: nn.Module,
     graph: ModelGraph,
     aims: Sequence[Aim],
-    budgets: Sequence[float],
+    schedule: Sequence[tuple[float, ...]],
     ready: Chosen | None,
     task: Task,
     asked: Asked,
     run: Run,
     watch: Watch,
 ) -> tuple[nn.Module, Keep]:
-    """One step of the schedule: score, plan, cut, re-estimate batch norm, train. Finished pieces are read back."""
+    """One step of the schedule: score, plan, cut, re-estimate batch norm, train. Finished pieces are read back.
+
+    Args:
+        schedule: budgets of this step and the later ones, for each target.
+    """
     folder, last = run.path(f"step-{step}"), step == asked.steps
     chosen = _read_plan(run, step) or ready
     if chosen is None:
         scores = current_scores(student, graph, keep, task, asked)
-        chosen = _choose(_at_most(aims, keep), scores, asked, budgets, last, watch)
+        left = _at_most(aims, keep)
+        subject = Subject(dense, graph, student, keep, scores, task, Run(folder))
+        allocator = _allocator(subject, left, schedule, asked, watch)
+        chosen = _choose(left, scores, allocator, asked, schedule[0], last, watch)
     cut = surgery.cut(dense, graph, chosen.keep)
     if (folder / "weights.safetensors").exists():
         load_state(cut, read_tensors(folder / "weights.safetensors"), folder)
@@ -268,7 +280,7 @@ def prune_step(
     if not run.has(f"step-{step}/plan.json"):
         with watch.stage("accuracy before and after the cut"):
             accuracy = {"before": task.evaluate(student), "cut": task.evaluate(cut)}
-        run.write(f"step-{step}/plan.json", STEP, {"chosen": chosen, "budget_ms": budgets[0], "accuracy": accuracy})
+        run.write(f"step-{step}/plan.json", STEP, {"chosen": chosen, "budget_ms": schedule[0][0], "accuracy": accuracy})
     with watch.stage(f"fine-tune, step {step} of {asked.steps}") as progress:
         task.train(cut, dense, last, folder, progress)
     save_tensors(cut.state_dict(), folder / "weights.safetensors")
@@ -303,13 +315,32 @@ def _units(aim: Aim, keep: Keep) -> dict[str, int]:
     return {g: len(keep[g]) if g in keep else n for g, n in aim.costs.dense.items()}
 
 
+def _allocator(
+    subject: Subject, aims: Sequence[Aim], schedule: Sequence[tuple[float, ...]], asked: Asked, watch: Watch
+) -> Allocator:
+    """How a step's widths are chosen; a search is over before they are carried to what is measured."""
+    if asked.search is None or asked.strategy not in search.NAMES:
+        return allocators.named(asked.strategy, asked.seed)
+    costs = aims[0].costs
+    limits = planning.further_limits(aims, schedule[0], size_bytes(asked.budget) if len(schedule) == 1 else None)
+    space = Space(costs, subject.scores, tuple(each[0] for each in schedule), tuple(limits))
+    found = search.find(subject, space, asked.strategy, asked.search, asked.steps, asked.seed, watch)
+    return allocators.to_shares(allocators.shares_of(costs, found.units))
+
+
 def _choose(
-    aims: Sequence[Aim], scores: Importance, asked: Asked, budgets: Sequence[float], last: bool, watch: Watch
+    aims: Sequence[Aim],
+    scores: Importance,
+    allocator: Allocator,
+    asked: Asked,
+    budgets: Sequence[float],
+    last: bool,
+    watch: Watch,
 ) -> Chosen:
     """Earlier steps trust the prediction; the last one is measured until it holds."""
     if last:
-        return planning.meet(aims, scores, asked.strategy, asked.seed, watch, size_bytes(asked.budget))
-    plan: Plan = planning.within_reach(aims, scores, asked.strategy, budgets, asked.seed)
+        return planning.meet(aims, scores, allocator, watch, size_bytes(asked.budget))
+    plan: Plan = planning.within_reach(aims, scores, allocator, budgets)
     return Chosen(plan, importance.best(scores, plan.widths), float("nan"), (), "")
 
 

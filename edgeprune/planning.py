@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from . import allocate, importance, measure, surgery
-from .allocate import Costs
+from .allocate import Allocator, Costs, Limit
 from .errors import BudgetError, UnreachableBudget
 from .graph import ModelGraph
 from .importance import Importance
@@ -162,8 +162,7 @@ def check_budget(budget: Budget, start: Preflight) -> float:
 def meet(
     aims: Sequence[Aim],
     scores: Importance,
-    strategy: str,
-    seed: int,
+    allocator: Allocator,
     watch: Watch,
     size_bytes: float | None = None,
 ) -> Chosen:
@@ -172,8 +171,7 @@ def meet(
     Args:
         aims: the target and its latency; further targets that the same network has to satisfy.
         scores: group -> (width,).
-        strategy: see `allocate.allocate`.
-        seed: for "random".
+        allocator: chooses the widths.
         watch: who is told.
         size_bytes: of the exported file, at most.
     Raises:
@@ -187,7 +185,7 @@ def meet(
         for attempt in range(TRIES):
             progress(attempt, TRIES)
             budgets = [aim.wanted_ms * (1 - sum(window) / 2) / b for aim, b in zip(aims, bias, strict=True)]
-            plan = within_reach(aims, scores, strategy, budgets, seed, size_bytes)
+            plan = within_reach(aims, scores, allocator, budgets, size_bytes)
             tries.append(_tried(plan, aims, importance.best(scores, plan.widths), size_bytes, window))
             if tries[-1].enough or (attempt and tries[-1].plan.widths == tries[-2].plan.widths):
                 break  # or the widths on offer have no plan between
@@ -259,12 +257,22 @@ def _confirmed(bench: Bench, keep: Keep, wanted_ms: float) -> tuple[float, int]:
 def within_reach(
     aims: Sequence[Aim],
     scores: Importance,
-    strategy: str,
+    allocator: Allocator,
     budgets: Sequence[float],
-    seed: int,
     size_bytes: float | None = None,
 ) -> Plan:
-    """The strategy's plan for predicted budgets; the floor where they have fallen below it."""
+    """The allocator's plan for predicted budgets; the floor where they have fallen below it."""
+    limits = further_limits(aims, budgets, size_bytes)
+    try:
+        return allocator(aims[0].costs, scores, budgets[0], limits)
+    except UnreachableBudget:
+        if limits:
+            raise
+        return allocate.floor(aims[0].costs)
+
+
+def further_limits(aims: Sequence[Aim], budgets: Sequence[float], size_bytes: float | None) -> list[Limit]:
+    """What a plan has to meet besides the first target's latency: further targets' latencies, the file's size."""
     first, *others = aims
     limits = [
         aim.costs.limit(f"latency on {aim.bench.target.name} in ms", budget)
@@ -273,12 +281,7 @@ def within_reach(
     if size_bytes is not None:
         layers, dense = first.bench.graph.layers, first.bench.dense.size_bytes
         limits.append(allocate.size_limit(layers, first.costs.candidates, dense, size_bytes))
-    try:
-        return allocate.allocate(strategy, first.costs, scores, budgets[0], seed, limits)
-    except UnreachableBudget:
-        if limits:
-            raise
-        return allocate.floor(first.costs)
+    return limits
 
 
 def schedule(dense_ms: float, wanted_ms: float, steps: int) -> list[float]:

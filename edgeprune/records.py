@@ -196,6 +196,14 @@ class Receipt:
     previous: str
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """A network on images that may guide choices."""
+
+    loss: float  # cross-entropy, or 1 - accuracy where only that is known
+    accuracy: float  # 0..1
+
+
 # ---- verification --------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,8 @@
 run.json              what was asked for, of which network
 example.safetensors   the input it was traced with
 preflight.json        dense latency, floor, networks that calibrated the table
+step-1/search.jsonl   every candidate that a searching strategy has judged
+step-1/front.json     of a genetic search: candidates that none beats in both accuracy and latency
 step-1/plan.json      widths, units kept, predicted and measured latency
 step-1/*.safetensors  checkpoints; weights.safetensors when the step is done
 model.safetensors     the pruned network's weights; with recipe.json it is rebuilt from the original class
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from . import files, surgery
@@ -164,6 +167,8 @@ def _build(kind: Any, content: Any) -> Any:
         inner = [k for k in typing.get_args(kind) if k is not Ellipsis]
         many = len(inner) == 1
         return tuple(_build(inner[0] if many else inner[i], item) for i, item in enumerate(content))
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return kind.model_validate(content)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         hints = typing.get_type_hints(kind)
         return kind(**{name: _build(hints[name], value) for name, value in content.items()})

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from . import allocate, budgets, importance, pipeline, planning
-from .allocate import Costs
+from . import allocate, budgets, importance, pipeline, planning, search
+from .allocate import Allocator, Costs
 from .errors import RunError
 from .graph import Example, trace
 from .importance import Importance
@@ -123,28 +123,27 @@ def _planned(
     bench = Bench(model, graph, target, run.folder, pipeline.calibration(task, [target]))
     start, costs = planning.preflight(bench, costs, scores, run, watch, first.seed)
     wanted = [planning.check_budget(one.budget, start) for one in asked]
-    found = curve(costs, scores, first.strategy, wanted, first.seed)
+    found = curve(costs, scores, search.forecast(first.strategy, first.seed), wanted)
     run.write("curve.json", CURVE, {"dense_ms": start.dense_ms, "floor_ms": start.floor.measured_ms, "points": found})
     for point in found:
         watch.say(f"{point.budget_ms:.4g} ms keeps {point.kept:.2%} of the score ({point.alone:.2%} by itself)")
     return found
 
 
-def curve(costs: Costs, scores: Importance, strategy: str, budgets_ms: Sequence[float], seed: int) -> tuple[Point, ...]:
+def curve(costs: Costs, scores: Importance, allocator: Allocator, budgets_ms: Sequence[float]) -> tuple[Point, ...]:
     """Nested plans, each solved within the widths of the one before, and what each budget could keep by itself.
 
     Args:
         costs: of the network on its device.
         scores: group -> (width,).
-        strategy: see `allocate.allocate`.
+        allocator: chooses the widths.
         budgets_ms: descending.
-        seed: for "random".
     """
     whole = sum(float(s.sum()) for s in scores.values())
     points, left = [], costs
     for budget_ms in budgets_ms:
-        plan = allocate.allocate(strategy, left, scores, budget_ms, seed)
-        alone = plan if left is costs else allocate.allocate(strategy, costs, scores, budget_ms, seed)
+        plan = allocator(left, scores, budget_ms)
+        alone = plan if left is costs else allocator(costs, scores, budget_ms)
         left = allocate.at_most(costs, plan.widths)
         best = max(plan.value, alone.value)  # both are within the gap of their optimum
         points.append(Point(budget_ms, plan.predicted_ms, plan.value / whole, best / whole, plan.gap))

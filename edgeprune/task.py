@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from . import finetune
+from .errors import UsageError
 from .finetune import Epoch, Images, Settings
-from .records import Progress
+from .records import Evaluation, Progress
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 CALIBRATION = 64  # images
@@ -41,6 +42,9 @@ class Task(Protocol):
 
     def evaluate(self, model: nn.Module) -> float | None:
         """Accuracy (0..1) on images that may guide choices; None when unknown."""
+
+    def judge(self, model: nn.Module, images: int) -> Evaluation:
+        """Loss and accuracy on at most so many of the images that may guide choices, always the same ones."""
 
     def describe(self) -> dict[str, Any]:
         """The recipe, for the record."""
@@ -76,6 +80,9 @@ class Classification:
 
     def evaluate(self, model: nn.Module) -> float | None:
         return finetune.accuracy(model, self._search)
+
+    def judge(self, model: nn.Module, images: int) -> Evaluation:
+        return finetune.judge(model, self._search, images, self.settings.seed)
 
     def describe(self) -> dict[str, Any]:
         images = {"train": len(self._train), "search": len(self._search), "final": len(self.final or ())}
@@ -114,6 +121,12 @@ class Callables:
 
     def evaluate(self, model: nn.Module) -> float | None:
         return float(self._evaluate(model)) if self._evaluate is not None else None
+
+    def judge(self, model: nn.Module, images: int) -> Evaluation:
+        if self._evaluate is None:
+            raise UsageError("a search judges networks by their accuracy: give evaluate, or another strategy")
+        accuracy = float(self._evaluate(model))
+        return Evaluation(1 - accuracy, accuracy)
 
     def describe(self) -> dict[str, Any]:
         return {"loop": "your own" if self._train is not None else "none"}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgeprune import allocate, importance, measure, series, surgery, widths
+from edgeprune import allocate, allocators, importance, measure, series, surgery, widths
 from edgeprune.allocate import Costs
 from edgeprune.errors import UnreachableBudget
 from edgeprune.explain import free_speed, stairs
@@ -128,7 +128,7 @@ def test_two_devices_with_different_staircases_are_satisfied_at_once(strategy: s
     _, coarse, scores = made_up(Residual(), choices=4, step=16)
     _, fine, _ = made_up(Residual(), choices=4, step=4)
     budgets = [0.5 * coarse.predict_ms(coarse.dense), 0.45 * fine.predict_ms(fine.dense)]
-    plan = allocate.allocate(strategy, coarse, scores, budgets[0], 0, [fine.limit("latency on fine in ms", budgets[1])])
+    plan = allocators.named(strategy)(coarse, scores, budgets[0], [fine.limit("latency on fine in ms", budgets[1])])
     found = [costs.predict_ms(plan.widths) for costs in (coarse, fine)]
     assert all(ms <= budget * (1 + 1e-12) for ms, budget in zip(found, budgets, strict=True))
     if strategy == "knapsack":
@@ -159,14 +159,14 @@ def test_a_size_that_no_plan_reaches_is_refused_with_the_least() -> None:
     with pytest.raises(UnreachableBudget, match=r"size in bytes: the cheapest choice of widths costs \d+.*is 100"):
         allocate.solve(costs, scores, 10.0, [limit])
     with pytest.raises(UnreachableBudget, match=r"size in bytes \d+.*, the budget is 100"):
-        allocate.allocate("uniform", costs, scores, 10.0, 0, [limit])
+        allocators.named("uniform")(costs, scores, 10.0, [limit])
 
 
 def test_plans_of_falling_budgets_are_nested_and_worth_what_they_can_be() -> None:
     _, costs, scores = made_up(Residual(), choices=6)
     dense = costs.predict_ms(costs.dense)
     budgets = [share * dense for share in (0.8, 0.6, 0.4)]
-    curve = series.curve(costs, scores, "knapsack", budgets, seed=0)
+    curve = series.curve(costs, scores, allocate.solve, budgets)
     assert [p.budget_ms for p in curve] == budgets
     assert all(p.predicted_ms <= p.budget_ms * (1 + 1e-12) for p in curve)
     assert all(p.gap <= 1e-3 for p in curve)

@@ -132,10 +132,14 @@ def compress(
     speedup: Annotated[str | None, typer.Option(help="budget: dense latency divided by this; 2, or 1.5,2,3")] = None,
     size_mb: Annotated[float | None, typer.Option(help="budget: of the exported file, beside the latency")] = None,
     target: TargetName = None,
-    strategy: Annotated[str | None, typer.Option(help="knapsack, uniform or random")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="knapsack, uniform, random, rl, genetic or random-search")
+    ] = None,
     importance: Annotated[str | None, typer.Option(help="sp-lamp, sp-lamp-log, l1, l2, taylor or random")] = None,
     steps: Annotated[int | None, typer.Option(help="of the budget schedule")] = None,
     epochs: Annotated[int | None, typer.Option(help="of fine-tuning at the end")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes that judge a search's candidates")] = None,
+    ray: Annotated[str | None, typer.Option(help="address of a Ray cluster that judges them")] = None,
     run: RunFolder = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the last run, or with --run")] = False,
     path: ProjectFile = PROJECT,
@@ -152,6 +156,8 @@ def compress(
     extra = [f"compress.{key}={value}" for key, value in flags.items() if value is not None]
     extra += [f"compress.target='{target}'"] if target is not None else []
     extra += [f"finetune.epochs={epochs}"] if epochs is not None else []
+    extra += [f"search.workers={workers}"] if workers is not None else []
+    extra += [f"search.ray='{ray}'"] if ray is not None else []
     opened = _project(path, [*(overrides or ()), *extra])
     section = opened.config.compress
     if latency_ms is None and speedup is None:

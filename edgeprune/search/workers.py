@@ -1,0 +1,122 @@
+"""Who judges candidates: this process, or workers of a Ray cluster. The answers do not depend on it."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ..config import SearchSection
+from ..errors import UsageError, WorkerError
+from ..records import Evaluation
+from .space import Units
+from .subject import Subject, one_thread
+from .trying import Judges
+
+RETRIES = 3  # a candidate that kills this many workers is at fault itself
+USERS = "edgeprune_user_"  # modules of the user's own files: they travel with the network
+
+
+@contextmanager
+def judges(subject: Subject, settings: SearchSection) -> Iterator[Judges]:
+    """Whatever `[search] workers` and `ray` ask for.
+
+    Raises:
+        UsageError: Ray is needed and not installed; WorkerError: a candidate's workers die again and again.
+    """
+    if settings.workers == 1 and not settings.ray:
+        with one_thread():
+            yield lambda asked: ((at, _judge(subject, units, settings.images)) for at, units in enumerate(asked))
+        return
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError("more than one worker needs Ray: pip install 'edgeprune[search]', or set search.workers = 1")
+    with _cluster(settings) as ray:
+        yield _Pool(ray, subject, settings).judge
+
+
+def _judge(subject: Subject, units: Units, images: int) -> Evaluation:
+    """A network whose loss is not finite is as bad as can be."""
+    found = subject.judge(units, images)
+    return found if math.isfinite(found.loss) else Evaluation(math.inf, found.accuracy)
+
+
+@contextmanager
+def _cluster(settings: SearchSection) -> Iterator[Any]:
+    """A Ray that was running is joined and left as it is; one of our own ends with the search."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    joined = ray.is_initialized()
+    if not joined:
+        local: dict[str, Any] = {} if settings.ray else {"num_cpus": settings.workers, "include_dashboard": False}
+        ray.init(address=settings.ray or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+    try:
+        yield ray
+    finally:
+        if not joined:
+            ray.shutdown()
+
+
+class _Pool:
+    """Workers that each hold the network; one that dies is replaced and its candidate judged by another."""
+
+    def __init__(self, ray: Any, subject: Subject, settings: SearchSection) -> None:
+        self.ray, self.settings = ray, settings
+        for name, module in list(sys.modules.items()):
+            if name.startswith(USERS):
+                ray.cloudpickle.register_pickle_by_value(module)
+        self.subject = ray.put(subject)
+        self.idle = [self._worker() for _ in range(settings.workers)]
+
+    def _worker(self) -> Any:
+        return self.ray.remote(num_cpus=1, max_restarts=0)(_Worker).remote(self.subject, self.settings.images)
+
+    def judge(self, asked: Sequence[Units]) -> Iterator[tuple[int, Evaluation]]:
+        waiting = list(enumerate(asked))[::-1]
+        running: dict[Any, tuple[int, Any]] = {}
+        deaths = dict.fromkeys(range(len(asked)), 0)
+        while waiting or running:
+            while waiting and self.idle:
+                at, units = waiting.pop()
+                worker = self.idle.pop()
+                running[worker.judge.remote(dict(units))] = (at, worker)
+            (done, *_), _ = self.ray.wait(list(running))
+            at, worker = running.pop(done)
+            found = self._result(done)
+            self.idle.append(worker if found is not None else self._worker())
+            if found is not None:
+                yield at, found
+                continue
+            deaths[at] += 1
+            if deaths[at] == RETRIES:
+                raise WorkerError(
+                    f"the widths {dict(asked[at])} ended {RETRIES} workers; memory may be short: lower search.workers, "
+                    "then go on with --resume"
+                )
+            waiting.append((at, asked[at]))
+
+    def _result(self, done: Any) -> Evaluation | None:
+        """None when the worker has died; an error of the user's own code is raised as it was."""
+        try:
+            found: Evaluation = self.ray.get(done)
+        except self.ray.exceptions.RayActorError:
+            return None
+        except self.ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        return found
+
+
+class _Worker:
+    """Lives in a process of its own."""
+
+    def __init__(self, subject: Subject, images: int) -> None:
+        self.subject, self.images = subject, images
+
+    def judge(self, units: Units) -> Evaluation:
+        with one_thread():
+            return _judge(self.subject, units, self.images)
