@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import budgets, pipeline, runs, search, store, target
+from . import budgets, metrics, pipeline, runs, search, store, target
 from .config import CompressSection, SearchSection
 from .errors import UsageError
+from .finetune import Images
 from .graph import Example
+from .metrics import Metric
 from .pipeline import Asked, Outcome
 from .records import Budget
 from .runs import Run
@@ -32,6 +34,9 @@ def compress(
     run: str | Path | None = None,
     resume: bool = False,
     targets: Mapping[str, Mapping[str, Any]] | None = None,
+    search_images: Images | None = None,
+    final_images: Images | None = None,
+    measures: Mapping[str, Metric] | None = None,
     watch: Watch | None = None,
     search_settings: Mapping[str, Any] | None = None,
     **settings: Any,
@@ -50,12 +55,16 @@ def compress(
         resume: go on in that folder.
         targets: [target.*] sections by name, as in edgeprune.toml.
         search_settings: the keys of [search], for strategies that try candidates.
+        search_images: labelled images for the floors' metrics while choices are made.
+        final_images: labelled images nobody has looked at, for accuracy and the floors in the end.
+        measures: metrics of your own by name, that `floors` may name: of (outputs, labels, inputs), arrays.
         settings: the other keys of [compress]: steps, importance, strategy, protected, min_width ...
     Raises:
         UnreachableBudget: before any training, with the fastest this device can be.
     """
     section = CompressSection.model_validate(settings)
     searching = SearchSection.model_validate(search_settings or {})
+    known = {n: (measures or {}).get(n) or metrics.resolve(n, Path.cwd()) for n in section.floors}
     opened = target if not isinstance(target, str) else _open(target, targets or {})
     folder = Path(run) if run is not None else next_run(Path("runs"))
     try:
@@ -63,7 +72,7 @@ def compress(
             model,
             example,
             opened,
-            Callables(train, evaluate, batches),
+            Callables(train, evaluate, batches, search_images, final_images, known),
             asked(section, one_budget(latency_ms, speedup, section.size_mb), searching),
             Run(folder),
             store.Store(store.default_path()),
@@ -95,6 +104,8 @@ def asked(section: CompressSection, budget: Budget, searching: SearchSection) ->
         min_width=section.min_width,
         drop_blocks=section.drop_blocks,
         accuracy_floor=section.accuracy_floor,
+        floors=section.floors,
+        back_off=section.back_off,
         seed=section.seed,
         search=searching if section.strategy in search.NAMES else None,
     )

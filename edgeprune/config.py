@@ -124,6 +124,14 @@ class CompressSection(Section):
     accuracy_floor: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="fail when accuracy on the final split is below"
     )
+    floors: dict[str, float] = Field(
+        default_factory=dict,
+        description="fail when one of these metrics is below, on the final split and the target's own runtime: "
+        'accuracy, recall_of_class_N, psnr, "file.py:function"',
+    )
+    back_off: int = Field(
+        0, ge=0, description="when a floor is broken after training, try a larger latency budget up to so many times"
+    )
     seed: int = 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from . import allocate, allocators, files, importance, measure, planning, runs, search, surgery, verify, widths
+from . import allocate, allocators, files, floors, importance, measure, planning, runs, search, surgery, verify, widths
 from .allocate import Allocator, Costs
 from .config import SearchSection
 from .finetune import load_state, read_tensors, save_tensors
@@ -45,6 +45,8 @@ class Asked:
     min_width: float
     drop_blocks: bool
     accuracy_floor: float | None
+    floors: Mapping[str, float]
+    back_off: int
     seed: int
     search: SearchSection | None = None  # of strategies that try candidates
 
@@ -125,13 +127,16 @@ def compress(
             forecast = search.forecast(asked.strategy, asked.seed)
             first = planning.meet(_at_most(aims, keep), scores, forecast, watch, size_bytes(asked.budget))
             watch.say(f"a plan of {first.measured_ms:.4g} ms holds on the device")
+        begun = student, keep
         schedule = _budgets(aims, keep, asked.steps)
         for step in range(1, asked.steps + 1):
             ready = first if asked.steps == 1 and asked.strategy not in search.NAMES else None
             student, keep = prune_step(
                 step, student, keep, model, graph, aims, schedule[step - 1 :], ready, task, asked, run, watch
             )
-        write_layers(run, aims[0].costs, asked.steps)
+        if asked.floors:
+            student, keep = hold_floors(student, keep, *begun, model, graph, aims, task, asked, run, watch)
+        write_layers(run, aims[0].costs, floors.last_step(run, asked.steps))
         runs.save_model(run, student, graph, keep)
         for one, aim in zip(also, aims[1:], strict=True):
             verify_run(model, student, graph, aim, one.budget, task, asked, one.run_in(run), run, watch)
@@ -198,9 +203,11 @@ def verify_again(model: nn.Module, target: Target, task: Task, run: Run, watch: 
     graph = trace(model, runs.read_example(run.path("example.safetensors")), asked.protected)
     bench = Bench(model, graph, target, run.folder, calibration(task, [target]))
     bench.time([])
-    chosen = _read_plan(run, asked.steps)
+    chosen = _read_plan(run, floors.last_step(run, asked.steps))
     assert chosen is not None
-    report = verify_on(model, pruned, graph, bench, chosen.plan.predicted_ms, asked.budget, task, asked, run, watch)
+    report = verify_on(
+        model, pruned, graph, bench, chosen.plan.predicted_ms, asked.budget, task, asked, run, run, watch
+    )
     recipe = run.read("recipe.json", runs.RECIPE)
     return Outcome(pruned, runs.keep_of(recipe["keep"]), report, run)
 
@@ -262,7 +269,7 @@ def prune_step(
     Args:
         schedule: budgets of this step and the later ones, for each target.
     """
-    folder, last = run.path(f"step-{step}"), step == asked.steps
+    folder, last = run.path(f"step-{step}"), step >= asked.steps
     chosen = _read_plan(run, step) or ready
     if chosen is None:
         scores = current_scores(student, graph, keep, task, asked)
@@ -285,6 +292,38 @@ def prune_step(
         task.train(cut, dense, last, folder, progress)
     save_tensors(cut.state_dict(), folder / "weights.safetensors")
     return cut, chosen.keep
+
+
+def hold_floors(
+    student: nn.Module,
+    keep: Keep,
+    begun: nn.Module,
+    begun_keep: Keep,
+    dense: nn.Module,
+    graph: ModelGraph,
+    aims: Sequence[Aim],
+    task: Task,
+    asked: Asked,
+    run: Run,
+    watch: Watch,
+) -> tuple[nn.Module, Keep]:
+    """The trained network, or one with more latency, cut anew from `begun`, where a floor is broken. See `floors`."""
+    tries: list[floors.Try] = []
+    while True:
+        step = asked.steps + len(tries)
+        with watch.stage("measure the floors' metrics on the search split"):
+            tries.append(floors.judge(step, aims[0].wanted_ms, asked.floors, task.measure(student)))
+        for line in tries[-1].broken:
+            watch.say(f"on the search split: {line}")
+        if not tries[-1].broken or len(tries) > asked.back_off:
+            floors.write(run, tries)
+            return student, keep
+        aims = [replace(aim, wanted_ms=floors.relaxed(aim.wanted_ms, aim.bench.reference_ms)) for aim in aims]
+        budgets = tuple(aim.wanted_ms for aim in aims)
+        watch.say(f"back to a budget of {budgets[0]:.4g} ms")
+        student, keep = prune_step(
+            step + 1, begun, begun_keep, dense, graph, aims, [budgets], None, task, asked, run, watch
+        )
 
 
 def _read_plan(run: Run, step: int) -> Chosen | None:
@@ -357,10 +396,10 @@ def verify_run(
     watch: Watch,
 ) -> VerifyReport:
     """A finished network on one of its targets, against what its plan promised there."""
-    chosen = _read_plan(whole, asked.steps)
+    chosen = _read_plan(whole, floors.last_step(whole, asked.steps))
     assert chosen is not None
     predicted_ms = aim.costs.predict_ms(chosen.plan.widths)
-    return verify_on(dense, pruned, graph, aim.bench, predicted_ms, budget, task, asked, run, watch)
+    return verify_on(dense, pruned, graph, aim.bench, predicted_ms, budget, task, asked, run, whole, watch)
 
 
 def verify_on(
@@ -373,9 +412,10 @@ def verify_on(
     task: Task,
     asked: Asked,
     run: Run,
+    whole: Run,
     watch: Watch,
 ) -> VerifyReport:
-    """Both networks on a target, interleaved; the result is written to `run`."""
+    """Both networks on a target, interleaved; the result is written to `run`, which may be a part of `whole`."""
     with watch.stage("export the pruned network"):
         artifact = bench.export(pruned, run.path("artifact"))
     smaller = trace(pruned, graph.example)
@@ -387,6 +427,7 @@ def verify_on(
         report = verify.check(
             networks[0], networks[1], bench.target, budget, predicted_ms, bench.reference_ms, graph.example,
             task.final, asked.accuracy_floor, progress,
+            {name: (floor, task.metrics[name]) for name, floor in asked.floors.items()}, floors.notes(whole),
         )  # fmt: skip
     run.write("verify.json", verify.FORMAT, report)
     return report

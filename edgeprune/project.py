@@ -69,11 +69,18 @@ class Project:
         return int(out.shape[1])
 
     def task(self) -> Classification:
+        from . import metrics
         from .task import Classification
 
         tuned = self.config.finetune
         return Classification(
-            self.data.train, self.data.search, self.data.final, self.settings(), tuned.epochs, tuned.step_epochs
+            self.data.train,
+            self.data.search,
+            self.data.final,
+            self.settings(),
+            tuned.epochs,
+            tuned.step_epochs,
+            {name: metrics.resolve(name, self.folder) for name in self.config.compress.floors},
         )
 
     def settings(self) -> Settings:

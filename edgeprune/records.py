@@ -227,6 +227,16 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class Floor:
+    """A metric that the pruned network must not fall below, on the final split, by the target's runtime."""
+
+    name: str
+    floor: float
+    dense: float | None  # None where there were no final images
+    pruned: float | None
+
+
+@dataclass(frozen=True)
 class NetworkCheck:
     """One network on the target."""
 
@@ -254,3 +264,4 @@ class VerifyReport:
     state: DeviceState
     measured_at: str  # UTC, ISO 8601
     notes: tuple[str, ...]
+    floors: tuple[Floor, ...] = ()  # none in the files of older runs

@@ -6,6 +6,7 @@ preflight.json        dense latency, floor, networks that calibrated the table
 step-1/search.jsonl   every candidate that a searching strategy has judged
 step-1/front.json     of a genetic search: candidates that none beats in both accuracy and latency
 step-1/plan.json      widths, units kept, predicted and measured latency
+floors.json           metrics of each trained network on the search split, where floors were asked for
 step-1/*.safetensors  checkpoints; weights.safetensors when the step is done
 model.safetensors     the pruned network's weights; with recipe.json it is rebuilt from the original class
 dense/ artifact/      exported files

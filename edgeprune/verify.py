@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import measure
+from . import measure, metrics
 from .finetune import Images
 from .graph import Example, as_call
-from .records import Accuracy, Agreement, Artifact, Budget, NetworkCheck, Progress, Timing, VerifyReport
+from .metrics import Metric
+from .records import Accuracy, Agreement, Artifact, Budget, Floor, NetworkCheck, Progress, Timing, VerifyReport
 from .target import Target
 
 FORMAT = "edgeprune.verify/1"
@@ -77,7 +78,15 @@ def verdict(report: VerifyReport) -> list[Check]:
         found, wanted = report.pruned.accuracy, report.accuracy_floor
         text = f"{found.value:.2%} measured" if found is not None else "not measured: there were no final images"
         checks.append(Check("accuracy", found is not None and found.value >= wanted, f"{text}, floor {wanted:.2%}"))
-    return checks
+    return checks + [_floor_check(floor) for floor in report.floors]
+
+
+def _floor_check(floor: Floor) -> Check:
+    if floor.pruned is None:
+        text = f"not measured: there were no final images, floor {floor.floor:.4g}"
+        return Check(floor.name, False, text)
+    text = f"{floor.pruned:.4g} measured, floor {floor.floor:.4g} (dense {floor.dense:.4g})"
+    return Check(floor.name, floor.pruned >= floor.floor, text)  # NaN is below any floor
 
 
 def passed(report: VerifyReport) -> bool:
@@ -103,6 +112,8 @@ def check(
     final: Images | None,
     accuracy_floor: float | None = None,
     progress: Progress | None = None,
+    floors: Mapping[str, tuple[float, Metric]] | None = None,
+    notes: Sequence[str] = (),
 ) -> VerifyReport:
     """Measure both networks on the target.
 
@@ -117,18 +128,24 @@ def check(
         final: labelled images nobody has looked at; None where there are no data.
         accuracy_floor: what the pruned network must reach on them.
         progress: told (images done, of).
+        floors: by name, what the pruned network must reach on them, and in which metric.
+        notes: what is known already.
     """
-    dense_time, pruned_time, notes = _latency(dense, pruned, target, dense_reference_ms)
+    dense_time, pruned_time, noted = _latency(dense, pruned, target, dense_reference_ms)
     speedup, low, high = bootstrap_ratio(dense_time.samples_ms, pruned_time.samples_ms)
     x = _inputs(final, example)
     steps = 2 * (len(final) if final is not None else 0)
-    checks = []
+    floors = floors or {}
+    wanted = {name: metric for name, (_, metric) in floors.items()}
+    checks, values = [], []
     for at, (network, timing) in enumerate(((dense, dense_time), (pruned, pruned_time))):
         step = _shifted(progress, at * (steps // 2), steps)
+        accuracy, found = _judged(network, target, final, wanted, step) if final is not None else (None, {})
+        values.append(found)
         checks.append(
             NetworkCheck(
                 latency=timing,
-                accuracy=_accuracy(network, target, final, step) if final is not None else None,
+                accuracy=accuracy,
                 agreement=_agreement(network, target, x),
                 params=network.params,
                 macs=network.macs,
@@ -147,7 +164,8 @@ def check(
         fingerprint=target.fingerprint(),
         state=target.state(),
         measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        notes=notes,
+        notes=(*notes, *noted),
+        floors=tuple(Floor(n, f, values[0].get(n), values[1].get(n)) for n, (f, _) in floors.items()),
     )
 
 
@@ -188,11 +206,15 @@ def wilson(correct: int, total: int) -> Accuracy:
     return Accuracy(correct, total, p, max(0.0, centre - half), min(1.0, centre + half))
 
 
-def _accuracy(network: Network, target: Target, images: Images, progress: Progress | None) -> Accuracy:
+def _judged(
+    network: Network, target: Target, images: Images, wanted: Mapping[str, Metric], progress: Progress | None
+) -> tuple[Accuracy | None, dict[str, float]]:
+    """Accuracy, of a classifier, and the metrics, from one pass over the images on the target."""
     parts = [(x.numpy(), y.numpy()) for x, y in images.batches(256)]
     x, y = np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
     outputs = target.run(network.artifact, [x], progress)
-    return wilson(int((outputs.argmax(axis=1) == y).sum()), len(y))
+    right = wilson(int((outputs.argmax(axis=1) == y).sum()), len(y)) if outputs.ndim == 2 and y.ndim == 1 else None
+    return right, metrics.measure(wanted, outputs, y, x)
 
 
 def _inputs(images: Images | None, example: Example) -> list[torch.Tensor]:

@@ -30,6 +30,7 @@ WHAT = (
     ("step-*/plan.json", "widths, units kept, every attempt"),
     ("step-*/epochs.json", "loss and accuracy of each epoch"),
     ("step-*/*.safetensors", "checkpoint"),
+    ("floors.json", "the floors' metrics on the search split, of each network that was trained"),
     ("model.safetensors", "weights of the pruned network"),
     ("recipe.json", "units kept: with the weights it rebuilds the pruned network from its original class"),
     ("dense/*", "the dense network as the device loads it"),

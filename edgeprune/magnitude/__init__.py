@@ -1,0 +1,185 @@
+"""Unstructured pruning by magnitude: train, prune what is small, retrain what is left, again (Han et al., 1506.02626).
+
+    pruned = magnitude.prune(model, example, ratio=12, rounds=1, evaluate=..., retrain=...)
+    smaller = magnitude.remove_dead(pruned.model, example)      # neurons without inputs or outputs really go
+    magnitude.sparse.save(smaller.model, path)                  # the rest as relative indices and values
+
+How hard each layer is pruned comes from a sensitivity scan: every layer is pruned alone, at several thresholds, and
+judged. All layers then give up the same quality, as much of it as makes the network as small as asked.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from ..errors import UsageError
+from ..graph import Example
+from ..records import Progress
+from . import masks as masking
+from . import sparse
+from .dead import Removal, remove_dead
+from .masks import Masks, Qualities
+
+__all__ = ["Masks", "Pruned", "Removal", "Round", "Sensitivity", "choose", "prune", "remove_dead", "scan", "sparse"]
+
+QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0)  # thresholds that the scan tries
+SETTLE = 40  # halvings until the network is as small as asked
+Evaluate = Callable[[nn.Module], float]  # larger is better
+Retrain = Callable[[nn.Module, int], object]  # (network, round from 1), in place
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """One layer pruned alone, at each threshold."""
+
+    qualities: tuple[float, ...]  # thresholds in standard deviations, ascending
+    kept: tuple[float, ...]  # share of the layer's weights that was left
+    scores: tuple[float, ...]  # what `evaluate` said
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round of pruning and retraining did."""
+
+    qualities: Mapping[str, float]
+    kept: Mapping[str, float]  # weight -> share of it that is left
+    left: int
+    pruned_score: float  # before retraining
+    score: float
+    sensitivity: Mapping[str, Sensitivity]
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """A network with zeros in it."""
+
+    model: nn.Module
+    masks: Masks
+    rounds: tuple[Round, ...]
+
+
+def prune(
+    model: nn.Module,
+    example: Example,
+    ratio: float,
+    evaluate: Evaluate,
+    retrain: Retrain,
+    rounds: int = 1,
+    l1: float = 0.0,
+    progress: Progress | None = None,
+) -> Pruned:
+    """Prune to 1 / `ratio` of the weights, in `rounds` that each prune by the same factor and retrain.
+
+    Weights are never started afresh, and a weight that is gone stays exactly 0 whatever the loop's momentum and decay.
+
+    Args:
+        model: a trained network; it is not changed.
+        example: one input, batch first.
+        ratio: weights of linear and convolution layers, before over after.
+        evaluate: judges a network, larger is better, on data that may guide choices. A loss (negative) is finer than
+            an accuracy.
+        retrain: trains in place; a tenth of the first learning rate is the paper's for small networks.
+        rounds: 1 is one-shot.
+        l1: weight of the absolute weights in the loss. The paper finds decay by squares, which is the loop's own,
+            better once there is retraining.
+        progress: told (rounds done, of).
+    Raises:
+        UsageError: a ratio of 1 or less, no rounds, or a ratio that leaves a layer without a weight.
+    """
+    if ratio <= 1 or rounds < 1:
+        raise UsageError(f"pruning {ratio:g}x in {rounds} rounds asks for nothing; give a ratio above 1, and rounds")
+    model = copy.deepcopy(model)
+    masks = masking.full(model)
+    total = masking.kept(masks)[1]
+    if total / ratio < len(masks):
+        raise UsageError(f"{total} weights in {len(masks)} layers cannot be pruned {ratio:g}x: a layer would be empty")
+    readers = masking.dropouts(model, example)
+    rates = {name: float(model.get_submodule(name).p) for name in readers}  # type: ignore[arg-type]
+    done: list[Round] = []
+    for number in range(1, rounds + 1):
+        found = scan(model, masks, evaluate)
+        qualities = choose(model, masks, found, total / ratio ** (number / rounds))
+        masks = masking.tighten(model, masks, qualities)
+        masking.apply(model, masks)
+        masking.rescale_dropout(model, rates, readers, masks)
+        before = evaluate(model)
+        with masking.held(model, masks, l1):
+            retrain(model, number)
+        shares = {n: float(m.float().mean()) for n, m in masks.items()}
+        done.append(Round(qualities, shares, masking.kept(masks)[0], before, evaluate(model), found))
+        if progress is not None:
+            progress(number, rounds)
+    return Pruned(model, masks, tuple(done))
+
+
+def scan(
+    model: nn.Module, masks: Masks, evaluate: Evaluate, qualities: Sequence[float] = QUALITIES
+) -> dict[str, Sensitivity]:
+    """Prune each layer alone, at every threshold, and judge the network.
+
+    Args:
+        model: it is as before afterwards.
+        masks: what is left of it.
+        evaluate: larger is better.
+        qualities: thresholds in standard deviations, ascending.
+    """
+    found = {}
+    for name in masks:
+        weight = model.get_parameter(name)
+        whole, kept, scores = weight.detach().clone(), [], []
+        for quality in qualities:
+            tried = masking.tighten(model, masks, {name: quality})[name]
+            weight.data = whole * tried
+            kept.append(float(tried.float().mean()))
+            scores.append(evaluate(model))
+            weight.data = whole.clone()
+        weight.data = whole
+        found[name] = Sensitivity(tuple(qualities), tuple(kept), tuple(scores))
+    return found
+
+
+def choose(model: nn.Module, masks: Masks, found: Mapping[str, Sensitivity], left: float) -> dict[str, float]:
+    """Thresholds that cost each layer, pruned alone, the same; the total is as close to `left` weights as they allow.
+
+    So the layer that is most sensitive gets the smallest threshold.
+
+    Args:
+        model, masks: the network, and what is left of it.
+        found: see `scan`.
+        left: weights that should stay, at most (if any threshold leaves so few).
+    """
+
+    def at(loss: float) -> dict[str, float]:
+        return {name: _largest(one, loss) for name, one in found.items()}
+
+    def size(qualities: Qualities) -> int:
+        return masking.kept(masking.tighten(model, masks, qualities))[0]
+
+    low, high = 0.0, max(one.scores[0] - min(one.scores) for one in found.values())
+    if size(at(high)) > left:  # the scan ends before that: go beyond it, all layers by the same factor
+        return _beyond(at(high), size, left)
+    for _ in range(SETTLE):
+        middle = (low + high) / 2
+        low, high = (low, middle) if size(at(middle)) <= left else (middle, high)
+    return at(high)
+
+
+def _largest(one: Sensitivity, loss: float) -> float:
+    """The threshold at which the layer alone has lost `loss`, between those that were tried."""
+    lost = np.maximum.accumulate(one.scores[0] - np.array(one.scores))  # a gain by chance is not a licence
+    rising = lost + np.arange(len(lost)) * 1e-9  # among equal ones, the larger threshold as the loss grows
+    return float(np.interp(loss, rising, one.qualities))
+
+
+def _beyond(qualities: Qualities, size: Callable[[Qualities], int], left: float) -> dict[str, float]:
+    low, high = 1.0, 64.0
+    for _ in range(SETTLE):
+        middle = (low + high) / 2
+        fits = size({n: q * middle for n, q in qualities.items()}) <= left
+        low, high = (low, middle) if fits else (middle, high)
+    return {n: q * high for n, q in qualities.items()}

@@ -1,0 +1,211 @@
+"""Floors: metrics against their definitions, and a network that breaks one does not pass."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small
+import torch
+from sklearn.metrics import accuracy_score, recall_score
+from test_report import PASSED
+from torch import Tensor, nn
+
+import edgeprune
+from edgeprune import metrics, project, report, runs, verify
+from edgeprune.errors import ConfigError
+from edgeprune.records import Floor, VerifyReport
+from edgeprune.runs import Run
+
+draw = np.random.default_rng(0)
+SCORES, LABELS = draw.normal(size=(200, 5)), draw.integers(0, 5, 200)
+IMAGES = draw.normal(size=(200, 1, 4, 4))
+
+
+# ---- metrics -------------------------------------------------------------------------------------------------
+
+
+def test_accuracy_and_recall_are_those_of_scikit_learn(tmp_path: Path) -> None:
+    found = SCORES.argmax(1)
+    assert metrics.resolve("accuracy", tmp_path)(SCORES, LABELS, IMAGES) == accuracy_score(LABELS, found)
+    for label, expected in enumerate(recall_score(LABELS, found, average=None)):
+        assert metrics.resolve(f"recall_of_class_{label}", tmp_path)(SCORES, LABELS, IMAGES) == pytest.approx(expected)
+
+
+def test_psnr_is_twenty_decibels_for_an_error_of_a_tenth_of_the_range() -> None:
+    images = np.linspace(-1, 1, 64).reshape(4, 1, 4, 4)
+    assert metrics.psnr(images + 0.2, LABELS[:4], images) == pytest.approx(20.0)
+    assert metrics.psnr(images, LABELS[:4], images) == np.inf
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("recall_of_class_x", r"there is no metric 'recall_of_class_x'; write accuracy, recall_of_class_3, psnr or"),
+        ("other.py:found", r"other\.py does not exist; write file\.py:function"),
+        ("mine.py:absent", r"mine\.py has no function 'absent'"),
+    ],
+)
+def test_a_metric_that_does_not_exist_is_refused(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("")
+    with pytest.raises(ConfigError, match=message):
+        metrics.resolve(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "outputs", "message"),
+    [
+        ("recall_of_class_7", LABELS, SCORES, "recall_of_class_7 cannot be measured: no image has the label 7"),
+        ("accuracy", LABELS, IMAGES, r"accuracy needs \(images, classes\) scores, but the network gives \(200, 1, 4"),
+        ("psnr", LABELS, SCORES, r"psnr compares outputs with inputs, but they are \(200, 5\) and \(200, 1, 4, 4\)"),
+        ("mine.py:fails", LABELS, SCORES, r"mine\.py:fails failed: ZeroDivisionError: division by zero"),
+        ("mine.py:words", LABELS, SCORES, r"mine\.py:words returned 'good', not a number"),
+    ],
+)
+def test_a_metric_that_cannot_be_measured_says_why(
+    name: str, labels: np.ndarray, outputs: np.ndarray, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text("def fails(*_): return 1 / 0\ndef words(*_): return 'good'\n")
+    metric = metrics.resolve(name, tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        metric(outputs, labels, IMAGES)
+
+
+# ---- the verdict ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pruned", "holds", "text"),
+    [
+        (0.97, True, "0.97 measured, floor 0.97 (dense 0.99)"),
+        (0.9699, False, "0.9699 measured, floor 0.97 (dense 0.99)"),
+        (float("nan"), False, "nan measured, floor 0.97 (dense 0.99)"),
+        (None, False, "not measured: there were no final images, floor 0.97"),
+    ],
+)
+def test_only_a_floor_that_was_measured_and_holds_passes(pruned: float | None, holds: bool, text: str) -> None:
+    assert verify.passed(PASSED)
+    floor = Floor("recall_of_class_3", 0.97, None if pruned is None else 0.99, pruned)
+    found = replace(PASSED, floors=(floor,))
+    assert verify.passed(found) is holds
+    assert verify.Check("recall_of_class_3", holds, text) in verify.verdict(found)
+    assert report.headline(found).startswith("Passed" if holds else "Missed recall_of_class_3:")
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------
+
+FLOORS = (
+    small.TOML.replace("steps = 2", "steps = 1\nback_off = 1\nimportance = 'random'")
+    .replace(
+        "epochs = 2\n",
+        "epochs = 1\nlearning_rate = 0.002\n",
+    )
+    .replace(
+        "[finetune]",
+        '[compress.floors]\nrecall_of_class_3 = 0.01\n"mine.py:share_of_eights" = 0.5\n\n[finetune]',
+    )
+)
+MINE = "def share_of_eights(outputs, labels, inputs):\n    return (outputs.argmax(1) == 8).mean()\n"
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
+    """A run with a floor that no good network holds: half of all digits would have to be taken for an eight."""
+    folder = tmp_path_factory.mktemp("floors")
+    small.make(folder, FLOORS)
+    (folder / "mine.py").write_text(MINE)
+    process = small.command("compress", "--json", cwd=folder)
+    out, err = process.communicate(timeout=600)
+    (folder / "result.json").write_text(out)
+    return folder, process.returncode, err
+
+
+def report_of(folder: Path) -> VerifyReport:
+    return runs.as_record(VerifyReport, Run(folder / "runs/001").read("verify.json", verify.FORMAT))
+
+
+def test_a_broken_floor_ends_with_1_and_says_so(broken: tuple[Path, int, str]) -> None:
+    folder, code, err = broken
+    assert code == 1, err
+    assert json.loads((folder / "result.json").read_text())["passed"] is False
+    assert "mine.py:share_of_eights: 0." in err
+    assert "measured, floor 0.5 (dense 0" in err
+    page = (folder / "runs/001/report.html").read_text()
+    assert "mine.py:share_of_eights <small>floor 0.5</small>" in page
+
+
+def test_a_broken_floor_is_tried_again_with_more_latency_and_the_budget_then_fails_too(
+    broken: tuple[Path, int, str],
+) -> None:
+    folder, _, err = broken
+    first, second = Run(folder / "runs/001").read("floors.json", "edgeprune.floors/1")["tries"]
+    dense_ms = Run(folder / "runs/001").read("preflight.json", "edgeprune.preflight/1")["dense_ms"]
+    assert second["budget_ms"] == pytest.approx((first["budget_ms"] * dense_ms) ** 0.5)
+    assert first["broken"][0].startswith("mine.py:share_of_eights 0.")
+    found = report_of(folder)
+    checks = {c.name: c.passed for c in verify.verdict(found)}
+    assert checks["recall_of_class_3"]
+    assert not checks["latency"]
+    assert not checks["mine.py:share_of_eights"]
+    assert any(note.startswith(f"backed off from {first['budget_ms']:.4g} ms to") for note in found.notes)
+    assert "back to a budget of" in err
+
+
+def test_floors_are_measured_on_the_final_split_by_the_targets_runtime(broken: tuple[Path, int, str]) -> None:
+    folder, *_ = broken
+    opened = project.read(folder / "edgeprune.toml")
+    module = edgeprune.load(folder / "runs/001", opened.model)
+    with torch.inference_mode():
+        pairs = [(module(x).argmax(1), y) for x, y in opened.data.final.batches(64)]
+    answers, labels = (torch.cat(part).numpy() for part in zip(*pairs, strict=True))
+    of = {floor.name: floor for floor in report_of(folder).floors}
+    assert of["recall_of_class_3"].pruned == pytest.approx(recall_score(labels, answers, average=None)[3], abs=0.02)
+    assert of["mine.py:share_of_eights"].pruned == pytest.approx(float((answers == 8).mean()), abs=0.01)
+
+
+class Coder(nn.Module):
+    """Gives back its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(torch.relu(self.down(x)))
+
+
+class Noise:
+    """Images without classes."""
+
+    def __init__(self, count: int) -> None:
+        self.x = torch.rand(count, 1, 24, 24, generator=torch.Generator().manual_seed(count))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def batches(
+        self, size: int, shuffle_seed: int | None = None, augment: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from ((x, x) for x in self.x.split(size))
+
+
+def test_people_with_their_own_loop_set_floors_for_networks_that_give_back_their_input(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, search, final = Coder(), Noise(32), Noise(48)
+    outcome = edgeprune.compress(
+        model, torch.rand(1, 1, 24, 24), speedup=1.2, run=tmp_path / "run", steps=1, min_width=0.4,
+        search_images=search, final_images=final, floors={"psnr": 1.0, "nearness": -5.0},
+        measures={"nearness": lambda outputs, labels, inputs: -float(np.abs(outputs - labels).mean())},
+    )  # fmt: skip
+    assert outcome.report.pruned.accuracy is None
+    with torch.inference_mode():
+        made = outcome.model(final.x).numpy()
+    expected = metrics.psnr(made, final.x.numpy(), final.x.numpy())
+    by_name = {floor.name: floor for floor in outcome.report.floors}
+    assert by_name["psnr"].pruned == pytest.approx(expected, abs=1e-3)
+    assert by_name["nearness"].pruned == pytest.approx(-float(np.abs(made - final.x.numpy()).mean()), abs=1e-4)
+    assert {c.name: c.passed for c in verify.verdict(outcome.report)}["psnr"] is (expected >= 1.0)
