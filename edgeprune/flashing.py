@@ -103,7 +103,8 @@ def package(run: Run, dense: nn.Module, data: Data, target: Target) -> tuple[dic
         expected = module(x)
     recorded = run.path("smoke")
     recorded.mkdir(exist_ok=True)
-    np.save(recorded / INPUTS, x.numpy())
+    inputs = target.stored(x.numpy())
+    np.save(recorded / INPUTS, inputs)
     np.save(recorded / OUTPUTS, expected.numpy())
     program = resources.files("edgeprune") / "templates" / f"run_{target.runtime}.py"
     (recorded / PROGRAM).write_text(program.read_text(encoding="utf-8"), encoding="utf-8")
@@ -116,7 +117,11 @@ def package(run: Run, dense: nn.Module, data: Data, target: Target) -> tuple[dic
     precision = report.fingerprint.precision
     manifest = {
         "model": model,
-        "input": {"shape": [1, *x.shape[1:]], "type": "float32", "layout": "NCHW"},
+        "input": {
+            "shape": [1, *inputs.shape[1:]],
+            "type": "float32",
+            "layout": "NCHW" if inputs.shape == x.shape else "NHWC",
+        },
         "output": {"shape": [1, expected.shape[1]], "labels": list(data.classes)},
         "preprocessing": {"scale": "pixels / 255", "mean": list(data.mean), "std": list(data.std)},
         "measured": {

@@ -247,12 +247,13 @@ class Ssh:
         except AgentError as error:
             status = store.status()
             store.close()
-            raise self._without_python() if status == NO_COMMAND else error from error
+            raise self.without_python() if status == NO_COMMAND else error from error
         if "error" in reply:
             raise TargetError(f"{problem}: {reply['error']}")
         return reply
 
-    def _without_python(self) -> TargetError:
+    def without_python(self) -> TargetError:
+        """What to say when there is none."""
         return TargetError(f"{self.name} has no python3; install it there: sudo apt install python3 python3-numpy")
 
     def _drop(self) -> None:

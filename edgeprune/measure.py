@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,8 @@ VISITS = (7, 60)  # at least, at most
 LAYER_S = 0.2  # at most, a layer
 DRIFT = 0.04  # a sentinel this far from its reference spoils the batch it was measured with
 TRIES = 3
+HOT_C, HOT = 85.0, 1e3  # small boards slow down from here on; what a batch that was measured hot is worth
+COOL_S, COOL_STEP_S = 180.0, 5.0  # at most, and a look
 COPIES = 3  # a network is loaded this often to be timed
 SENTINEL = LayerShape(
     op="conv", in_ch=64, out_ch=64, batch=1, spatial=(14, 14), kernel=(3, 3), stride=(1, 1), padding=(1, 1),
@@ -102,7 +105,7 @@ class _Work:
         self.entries = store.entries(self.fingerprint)
         self.reference = self.entries.get(SENTINEL)
         self.measured, self.repeated, self.unsteady = 0, 0, 0
-        self.session = 0
+        self.session, self.patience_s = 0, COOL_S
         self.notes: set[str] = set()
 
     def measure(self, missing: Sequence[LayerShape]) -> Iterator[int]:
@@ -129,8 +132,11 @@ class _Work:
         best: tuple[float, list[Timing]] | None = None
         tries = TRIES if self.unsteady < TRIES else 1
         for again in range(tries):
+            self._cool()
             timings = self.target.time([SENTINEL, *batch], *VISITS, INTERVAL, LAYER_S * (len(batch) + 1))
             off = abs(timings[0].median_ms / self.reference.median_ms - 1) if self.reference else 0.0
+            if self._hot(self._state()):
+                off += HOT  # worse than any that was not
             if best is None or off < best[0]:
                 best = (off, timings)
             self.repeated += again > 0
@@ -139,8 +145,26 @@ class _Work:
                 return timings
         assert best is not None
         self.unsteady += 1
-        self.notes.add("some entries were measured while the sentinel layer ran more than 4 % off its first latency")
+        self.notes.add(
+            "some entries were measured while the device was hot or throttled"
+            if best[0] >= HOT
+            else "some entries were measured while the sentinel layer ran more than 4 % off its first latency"
+        )
         return best[1]
+
+    def _cool(self) -> None:
+        """Wait for a device that is too hot or throttled, but not for ever."""
+        deadline_s = time.monotonic() + self.patience_s
+        while self._hot(self._state()):
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                self.patience_s = 0.0  # it does not cool down: waiting before every batch would help no one
+                self.notes.add(f"the device stayed hot or throttled, also after {COOL_S:g} s of waiting")
+                return
+            time.sleep(min(COOL_STEP_S, left_s))
+
+    def _hot(self, state: DeviceState) -> bool:
+        return state.throttled or state.temperature_c >= HOT_C
 
     def _state(self) -> DeviceState:
         state = self.target.state()

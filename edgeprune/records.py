@@ -159,7 +159,8 @@ class DeviceState:
     load: float
     frequency_mhz: float
     temperature_c: float
-    throttled: bool
+    memory_mb: float  # that programs could still have
+    throttled: bool  # slowed down by its own protection: heat, or too low a voltage
     notes: tuple[str, ...]
 
 

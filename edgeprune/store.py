@@ -213,7 +213,7 @@ def timing_of(values: Mapping[str, Any]) -> Timing:
 
 
 def state_of(values: Mapping[str, Any]) -> DeviceState:
-    return DeviceState(**_tuples(values))
+    return DeviceState(**{"memory_mb": 0.0, **_tuples(values)})  # 0: not recorded, as in older tables
 
 
 def fingerprint_of(values: Mapping[str, Any]) -> Fingerprint:

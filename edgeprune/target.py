@@ -76,6 +76,9 @@ class Target(Protocol):
     ) -> NDArray[np.float32]:
         """Inference on the device: (N, ...) arrays in, (N, outputs) out."""
 
+    def stored(self, inputs: NDArray[Any]) -> NDArray[Any]:
+        """Inputs of torch, (N, channels, ...), as the exported files take them."""
+
     def state(self) -> DeviceState:
         """Load, clock and temperature now."""
 

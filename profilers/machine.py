@@ -6,7 +6,11 @@ import glob
 import os
 import platform
 import resource
+import shutil
+import subprocess
 from typing import Any
+
+THROTTLED = {1: "too low a voltage", 2: "its frequency is capped", 4: "slowed down", 8: "at its limit of temperature"}
 
 
 def describe() -> dict[str, str]:
@@ -33,14 +37,14 @@ def state() -> dict[str, Any]:
     cores = os.cpu_count() or 1
     if load > 0.75 * cores:
         notes.append("busy: load %.1f on %d cores" % (load, cores))
-    throttled = _throttled()
-    if throttled:
-        notes.append("throttled")
+    flags = _throttled()
+    notes += ["throttled: " + text for bit, text in THROTTLED.items() if flags & bit]
     return {
         "load": load,
         "frequency_mhz": _frequency_mhz(),
         "temperature_c": _temperature_c(),
-        "throttled": throttled,
+        "memory_mb": _memory_mb(),
+        "throttled": flags != 0,
         "notes": notes,
     }
 
@@ -102,10 +106,26 @@ def _temperature_c() -> float:
     return max(numbers) / 1000.0 if numbers else 0.0
 
 
-def _throttled() -> bool:
-    """A Raspberry Pi says so in hexadecimal; Intel counts."""
-    flags = _first(["/sys/devices/platform/soc/soc:firmware/get_throttled"])
-    return bool(flags and int(flags, 16) & 0xF)
+def _memory_mb() -> float:
+    """What programs could still have, by the kernel's own estimate."""
+    for line in (_first(["/proc/meminfo"]) or "").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024 / 1e6
+    return 0.0
+
+
+def _throttled() -> int:
+    """What slows a Raspberry Pi down now: the low bits of its firmware's flags; other devices do not say."""
+    text = _first(["/sys/devices/platform/soc/soc:firmware/get_throttled"])
+    if text is None and shutil.which("vcgencmd"):
+        said = subprocess.run(
+            ["vcgencmd", "get_throttled"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=10
+        )
+        text = said.stdout.decode("ascii", "replace").strip()  # throttled=0x50005
+    try:
+        return int((text or "0").rpartition("=")[2], 16) & sum(THROTTLED)
+    except ValueError:
+        return 0
 
 
 def _first(paths: list[str]) -> str | None:

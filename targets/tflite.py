@@ -6,7 +6,7 @@ import base64
 import dataclasses
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from .. import files, flatbuffer, litert
-from ..errors import RuntimeMissing, UsageError
+from ..errors import RuntimeMissing, TargetError, UsageError
 from ..graph import Example
-from ..host import Here, Host
+from ..host import Here, Host, Ssh
 from ..records import Artifact, DeviceState, Fingerprint, LayerShape, Progress, Timing
 from ..target import Target
 
@@ -36,22 +36,29 @@ class Options(BaseModel):
         "f32", description="f16: weights only; int8: weights and activations, calibrated on training images"
     )
     xnnpack: bool = Field(True, description="the kernels of XNNPACK; without them, the runtime's own")
+    host: str | None = Field(None, description="a board, as ssh takes it: pi@raspberrypi.local; default: this machine")
+    ssh_config: Path | None = Field(None, description="in the place of ~/.ssh/config")
 
 
 def open_target(name: str, options: Options) -> Target:
-    return Tflite(name, options, Here())
+    return Tflite(name, options, Here() if options.host is None else Ssh(options.host, options.ssh_config))
 
 
 class Tflite:
     """LiteRT in a process of its own, on as many processors as it has threads."""
 
     def __init__(self, name: str, options: Options, host: Host) -> None:
-        self.name, self.options, self._host = name, options, host
+        self.name, self.options, self.host = name, options, host
+        self.runtime = "tflite"
+        self.opening: Mapping[str, Any] = {"threads": options.threads, "xnnpack": options.xnnpack}
         try:
-            self._agent = host.start("tflite")
-        except RuntimeMissing as error:
-            raise RuntimeMissing(f"target {name} needs LiteRT ({error})") from error
-        opened = self._agent.call("open", SILENCE_S, threads=options.threads, xnnpack=options.xnnpack)
+            self._agent = host.start(self.runtime)
+            opened = self._agent.call("open", SILENCE_S, **self.opening)
+        except TargetError as error:
+            host.close()
+            if isinstance(error, RuntimeMissing):
+                raise RuntimeMissing(f"target {name} needs LiteRT ({error})") from error
+            raise
         self._machine: dict[str, str] = opened["machine"]
 
     def fingerprint(self) -> Fingerprint:
@@ -73,7 +80,7 @@ class Tflite:
         self, items: Sequence[LayerShape | Artifact], least: int, most: int, interval: float, budget_s: float
     ) -> list[Timing]:
         wire = [
-            {"layer": self._packed(i)} if isinstance(i, LayerShape) else {"model": self._host.put(Path(i.path))}
+            {"layer": self._packed(i)} if isinstance(i, LayerShape) else {"model": self.host.put(Path(i.path))}
             for i in items
         ]
         reply = self._agent.call(
@@ -123,19 +130,22 @@ class Tflite:
             sent = []
             for at, array in enumerate(inputs):
                 np.save(f"{folder}/input{at}.npy", litert.channels_last(array))
-                sent.append(self._host.put(Path(f"{folder}/input{at}.npy")))
-            model, output = self._host.put(Path(artifact.path)), self._host.place("output.npy")
+                sent.append(self.host.put(Path(f"{folder}/input{at}.npy")))
+            model, output = self.host.put(Path(artifact.path)), self.host.place("output.npy")
             self._agent.call("run", SILENCE_S, on_event, path=model, inputs=sent, output=output)
-            self._host.get(output, Path(f"{folder}/output.npy"))
+            self.host.get(output, Path(f"{folder}/output.npy"))
             found = np.load(f"{folder}/output.npy", allow_pickle=False)
         return litert.channels_first(np.asarray(found, dtype=np.float32))
+
+    def stored(self, inputs: NDArray[Any]) -> NDArray[Any]:
+        return litert.channels_last(inputs)
 
     def state(self) -> DeviceState:
         return _record(DeviceState, self._agent.call("state", SILENCE_S))
 
     def close(self) -> None:
         self._agent.close()
-        self._host.close()
+        self.host.close()
 
 
 def _record(kind: type[T], reply: dict[str, Any]) -> T:

@@ -35,7 +35,7 @@ from edgeprune.runs import Run
 
 HOSTILE = "<script>alert(1)</script>"
 DEVICE = Fingerprint("cpu", "AMD EPYC", "openvino 2026.4.1", "f32", 1, (("cores", "2"), ("system", "Linux")))
-QUIET = DeviceState(0.1, 2596.14, 0.0, False, ())
+QUIET = DeviceState(0.1, 2596.14, 0.0, 900.0, False, ())
 
 # ---- run folders, by hand ------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from edgeprune.sharing import Shared
 from edgeprune.store import Store
 
 HERE = Fingerprint("cpu", "a processor", "a runtime 1.0", "f32", 1, (("governor", "performance"), ("method", "1")))
-STATE = DeviceState(0.5, 2600.0, 51.0, False, ())
+STATE = DeviceState(0.5, 2600.0, 51.0, 900.0, False, ())
 
 
 def linear(out_ch: int) -> LayerShape:

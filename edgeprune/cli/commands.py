@@ -67,12 +67,33 @@ def targets(context: typer.Context, path: ProjectFile = PROJECT, as_json: Json =
     show.result({"targets": sections, "kinds": target.kinds()}, as_json, show.targets)
 
 
+@targets_app.command("add")
+def add_target(
+    name: str,
+    host: Annotated[str, typer.Option(help="as ssh takes it: pi@raspberrypi.local, or a name of your configuration")],
+    kind: Annotated[str, typer.Option(help="the runtime: a file in targets/")] = "tflite",
+    precision: Annotated[str | None, typer.Option(help="f32, or another of that kind")] = None,
+    threads: Annotated[int | None, typer.Option(help="of one inference")] = None,
+    ssh_config: Annotated[Path | None, typer.Option(help="in the place of ~/.ssh/config")] = None,
+    path: ProjectFile = PROJECT,
+) -> None:
+    """Write a board into the project file; the rest of the file stays as it is."""
+    from .. import boards
+
+    keys = {"kind": kind, "host": host, "precision": precision, "threads": threads}
+    boards.add(path, name, {**keys, "ssh_config": None if ssh_config is None else str(ssh_config)})
+    print(f"wrote [target.{name}] into {path}; see what it lacks with: edgeprune targets check {name}")
+
+
 @targets_app.command("check")
 def check_target(name: str, path: ProjectFile = PROJECT, as_json: Json = False) -> None:
-    """Open a target and say what it is."""
-    from .. import target
+    """Open a target and say what it is; of a board, look at everything that it needs and name what is missing."""
+    from .. import boards, target
 
     sections = project.read(path).sections() if path.exists() else {}
+    if sections.get(name, {}).get("host"):
+        show.steps(boards.walk(name, sections[name]), as_json)
+        return
     with closing(target.open_target(name, sections)) as opened:
         found = {"name": name, "fingerprint": opened.fingerprint(), "state": opened.state()}
     show.result(files.plain(found), as_json, show.target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,17 @@ def targets(content: Mapping[str, Any]) -> None:
         table.add_row(name, keys["kind"], rest)
     _console().print(table)
     _console().print(f"kinds: {', '.join(content['kinds'])}")
+
+
+def steps(found: Iterator[tuple[str, str]], as_json: bool) -> None:
+    """Each step as it is done; as one object in the end."""
+    done = {}
+    for name, text in found:
+        done[name] = text
+        if not as_json:
+            print(f"{name:<9} {text}", flush=True)
+    if as_json:
+        print(json.dumps(done))
 
 
 def target(content: Mapping[str, Any]) -> None:
