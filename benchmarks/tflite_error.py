@@ -8,7 +8,8 @@
 The plans, the methods and what the columns mean are those of table_error.py: 30 plans of random widths are judged, 12
 other networks are fitted on, every network is loaded twice and all are visited in turn. x86 LiteRT with XNNPACK, one
 thread, f32 and int8; random weights (int8 ranges from random inputs), which do not change latency. Conversions are
-compared with torch; networks of one outline are converted once and rewritten, three of them compared with conversions. `--networks`, `--precisions` choose; `--files FOLDER` says where networks lie.
+compared with torch; networks of one outline are converted once and rewritten, three of them compared with conversions.
+`--networks`, `--precisions` choose; `--files FOLDER` says where networks lie.
 """
 
 from __future__ import annotations
@@ -101,7 +102,9 @@ class Template:
             out = shapes[id(op)].out_ch if id(op) in shapes else max(channels.get(int(i), 0) for i in op.inputs)
             for at in op.outputs:
                 channels[int(at)] = out
-                graph.tensors[at].shape[1 if name == "TRANSPOSE" else -1] = out
+                size = list(graph.tensors[at].shape)
+                size[1 if name == "TRANSPOSE" else -1] = out
+                graph.tensors[at].shape = size
         builder = flatbuffers.Builder(1024)
         builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
         return bytes(builder.Output())
@@ -109,6 +112,7 @@ class Template:
     def _weights(self, model: Any, op: Any, name: str, shape: LayerShape) -> None:
         """New weights and bias of the layer's widths; old ones may be shared with other layers."""
         graph, (_, weight, bias) = model.subgraphs[0], op.inputs
+        op.inputs = list(op.inputs)
         size = [int(n) for n in graph.tensors[weight].shape]
         if name == "DEPTHWISE_CONV_2D":
             size[-1] = shape.out_ch
@@ -126,10 +130,10 @@ class Template:
 
 
 def outline(content: bytes) -> list[Any]:
-    """Every operator with the shapes of what it reads and makes."""
+    """Every operator with the shapes of what it reads and makes, biases aside: equal ones are shared."""
     graph = flatbuffer.schema().ModelT.InitFromPackedBuf(content, 0).subgraphs[0]
     return [
-        (name, [[int(n) for n in graph.tensors[at].shape] for at in (*op.inputs, *op.outputs)])
+        (name, [[int(n) for n in graph.tensors[at].shape] for at in (*op.inputs[:2], *op.outputs)])
         for name, op in zip(flatbuffer.operators(content), graph.operators, strict=True)
     ]
 
