@@ -74,9 +74,10 @@ def quantise(content: bytes, precision: Precision, calibration: Sequence[Sequenc
         return content
     try:
         with _silent():
-            from ai_edge_quantizer import quantizer, recipe_manager
+            from ai_edge_quantizer import calibrator, quantizer, recipe_manager
             from ai_edge_quantizer.algorithm_manager import AlgorithmName
             from ai_edge_quantizer.qtyping import TFLOperationName
+            from ai_edge_quantizer.utils import qsv_utils
     except ImportError as error:
         raise RuntimeMissing(f"{error.name} is missing; install it with: {flatbuffer.INSTALL}") from error
     recipe, everything = recipe_manager.RecipeManager(), TFLOperationName.ALL_SUPPORTED
@@ -87,8 +88,12 @@ def quantise(content: bytes, precision: Precision, calibration: Sequence[Sequenc
     samples: list[Mapping[str, Any]] = [{f"args_{at}": x for at, x in enumerate(sample)} for sample in calibration]
     with _silent():
         work = quantizer.Quantizer(bytearray(content), recipe.get_quantization_recipe())
-        ranges = work.calibrate({SIGNATURE: samples}, num_threads=1) if precision == "int8" else None
-        return bytes(work.quantize(ranges).quantized_model)
+        if precision == "f16":
+            return bytes(work.quantize().quantized_model)
+        # over all samples: the moving average that is usual cuts off what only some of them reach
+        ranges = calibrator.Calibrator(content, num_threads=1, qsv_update_func=qsv_utils.min_max_update)
+        ranges.calibrate({SIGNATURE: samples}, recipe)
+        return bytes(work.quantize(ranges.get_model_qsvs()).quantized_model)
 
 
 def slices(arrays: Sequence[NDArray[Any]], example: Example) -> list[list[NDArray[Any]]]:

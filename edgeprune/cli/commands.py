@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .. import api, budgets, config, files, project
+from .. import api, budgets, carray, config, files, project
 from ..errors import ConfigError, MissedError, UsageError
 from ..records import Receipt
 from ..runs import Run
@@ -224,16 +225,30 @@ def export(
     run: RunFolder = None,
     out: Annotated[Path, typer.Option(help="folder to write to")] = Path("exported"),
     dense: Annotated[bool, typer.Option(help="the dense network instead of the pruned one")] = False,
+    format_: Annotated[str, typer.Option("--format", help="target: what the target loads; c-array: C too")] = "target",
     target: TargetName = None,
     path: ProjectFile = PROJECT,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Write a finished run's network as the files its target loads (ONNX and OpenVINO IR for cpu)."""
+    """Write a finished run's network as the files its target loads: ONNX and OpenVINO IR for cpu, .tflite for tflite.
+
+    With --format c-array also as C source for microcontrollers, from a target of kind tflite.
+    """
+    if format_ not in ("target", "c-array"):
+        raise UsageError(f"--format {format_}: there are target and c-array")
     opened = _project(path, overrides)
     module = opened.model if dense else api.load(_finished(opened, run), opened.model)
     with closing(opened.open_target(target)) as device, Bars(as_json).stage("export"):
         artifact = device.export(module, opened.example, out, opened.calibration(device))
+    if format_ == "c-array":
+        if artifact.format != "tflite":
+            raise UsageError(
+                f"--format c-array is written from a .tflite model, and target {device.name} loads {artifact.format}; "
+                "name a target of kind tflite with --target"
+            )
+        made = carray.write(Path(artifact.path), out)
+        artifact = replace(artifact, files=(*artifact.files, *map(str, made)))
     show.result(files.plain(artifact), as_json, show.artifact)
 
 
