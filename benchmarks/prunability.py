@@ -3,6 +3,7 @@
     python benchmarks/prunability.py                       every network that is not in benchmarks/results yet
     python benchmarks/prunability.py --only resnet,swin    a part of them
     python benchmarks/prunability.py --all-groups          check every group one by one in float64, not a sample
+    python benchmarks/prunability.py --seconds             time both tools again where they finish, check nothing
     python benchmarks/prunability.py --table               the tables alone
 
 Each network is built in a child process, and each tool works on it in a child of that, under a memory and a time limit.
@@ -44,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="parts of names, comma-separated")
     parser.add_argument("--all-groups", action="store_true")
+    parser.add_argument("--seconds", action="store_true", help="time again what has a result")
     parser.add_argument("--again", action="store_true", help="run what --only names even if there is a result")
     parser.add_argument("--tool", choices=[*LIMIT_S], help="one tool alone")
     parser.add_argument("--result", default=RESULT, help="name of the file in benchmarks/results")
@@ -70,15 +72,24 @@ def _run(content: dict[str, Any], chosen: argparse.Namespace) -> None:
     for case in prunability_models.cases():
         row = content["networks"].get(case.name, {"kind": case.kind})
         tools = [t for t in ([chosen.tool] if chosen.tool else LIMIT_S) if t not in row or chosen.again]
+        if chosen.seconds:
+            tools = [t for t in LIMIT_S if {"trace_s", "seconds"} & row.get(t, {}).keys()]
         if not tools or not any(part in case.name for part in chosen.only.split(",")):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            _in_child(_network, case, tools, chosen.all_groups, Path(folder))
-            row |= {t: json.loads((Path(folder) / t).read_text()) for t in tools if (Path(folder) / t).exists()}
+            checks = "none" if chosen.seconds else "all" if chosen.all_groups else "some"
+            _in_child(_network, case, tools, checks, Path(folder))
+            found = {t: json.loads((Path(folder) / t).read_text()) for t in tools if (Path(folder) / t).exists()}
+            row |= {t: row[t] | _seconds(f) for t, f in found.items()} if chosen.seconds else found
         content["networks"][case.name] = row
         content["limit_s"] = LIMIT_S
         record.save(chosen.result, {k: v for k, v in content.items() if k not in ("machine", "at")})
         print(case.name, json.dumps(row)[:500], flush=True)
+
+
+def _seconds(found: dict[str, Any]) -> dict[str, Any]:
+    """The times alone: the rest stays as it was found with checks."""
+    return {key: found[key] for key in ("trace_s", "cut_s", "seconds") if key in found}
 
 
 def _warm() -> None:
@@ -88,7 +99,7 @@ def _warm() -> None:
 
     tiny = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 2, 1))
     for tool in LIMIT_S:
-        prunability_child.run(tool, tiny, torch.randn(1, 3, 8, 8), False)
+        prunability_child.run(tool, tiny, torch.randn(1, 3, 8, 8), "some")
 
 
 def _in_child(work: Callable[..., None], *given: Any) -> multiprocessing.process.BaseProcess:
@@ -98,21 +109,21 @@ def _in_child(work: Callable[..., None], *given: Any) -> multiprocessing.process
     return process
 
 
-def _network(case: Any, tools: Sequence[str], all_groups: bool, folder: Path) -> None:
+def _network(case: Any, tools: Sequence[str], checks: str, folder: Path) -> None:
     """Build one network, then let each tool work on it."""
     import prunability_models
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     model, example = prunability_models.build(case)
     for tool in tools:
-        found = _watched(tool, model, example, all_groups, folder / f"{tool}.part")
+        found = _watched(tool, model, example, checks, folder / f"{tool}.part")
         (folder / f"{tool}.done").write_text(json.dumps(found))
         (folder / f"{tool}.done").replace(folder / tool)
 
 
-def _watched(tool: str, model: Any, example: Any, all_groups: bool, path: Path) -> dict[str, Any]:
+def _watched(tool: str, model: Any, example: Any, checks: str, path: Path) -> dict[str, Any]:
     """One tool in a process of its own, ended when it takes too much memory or time."""
-    process = multiprocessing.get_context("fork").Process(target=_tool, args=(tool, model, example, all_groups, path))
+    process = multiprocessing.get_context("fork").Process(target=_tool, args=(tool, model, example, checks, path))
     began, before_s, why, peak = time.monotonic(), _children_s(), "", 0
     process.start()
     while process.is_alive():
@@ -138,11 +149,11 @@ def _children_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _tool(tool: str, model: Any, example: Any, all_groups: bool, path: Path) -> None:
+def _tool(tool: str, model: Any, example: Any, checks: str, path: Path) -> None:
     import prunability_child
 
     resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_S[tool], LIMIT_S[tool] + 5))
-    path.write_text(json.dumps(prunability_child.run(tool, model, example, all_groups)))
+    path.write_text(json.dumps(prunability_child.run(tool, model, example, checks)))
 
 
 def _resident_bytes(pid: int | None) -> int:

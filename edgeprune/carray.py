@@ -70,7 +70,7 @@ def _port(tensor: Any) -> Port:
 
 
 def _type(tensor: Any) -> str:
-    kinds = vars(flatbuffer.schema().TensorType)
+    kinds: dict[str, Any] = vars(flatbuffer.schema().TensorType)
     return next(name for name, number in kinds.items() if number == tensor.type and not name.startswith("_"))
 
 
