@@ -20,7 +20,12 @@ STOPPED_TEXT = "stopped; what was finished is kept: go on with `edgeprune compre
 
 def main() -> None:
     """Run the command line and exit with its status."""
-    sys.exit(run(sys.argv[1:]))
+    try:
+        status = run(sys.argv[1:])
+    except KeyboardInterrupt:  # while it starts or ends
+        print(STOPPED_TEXT, file=sys.stderr)
+        status = STOPPED
+    sys.exit(status)
 
 
 def run(arguments: list[str]) -> int:
