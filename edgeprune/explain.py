@@ -16,7 +16,7 @@ from .allocate import Costs
 from .config import CompressSection
 from .graph import Example, ModelGraph, trace
 from .planning import Bench, Preflight
-from .records import FrozenChannels, LayerRow, VerifyReport
+from .records import FrozenChannels, LayerRow, Operators, VerifyReport
 from .runs import Run
 from .store import Store
 from .table import Surface, follows_input
@@ -78,6 +78,7 @@ class Explanation:
     predicted_ms: float
     predicted_floor_ms: float
     measured: Measured
+    operators: Operators  # by the runtime's own profiler, of the network that is explained
 
 
 def explain(
@@ -111,15 +112,16 @@ def explain(
         table, _ = measure.fill(layers, candidates, target, store, progress)
     costs = measure.costs(layers, candidates, table, blocks)
     if run is None:
-        dense = _dense_ms(model, graph, target, calibration)
-        return _explained(graph, costs, costs.dense, Measured(dense, dense, None))
+        dense, inside = _dense(model, graph, target, calibration)
+        return _explained(graph, costs, costs.dense, Measured(dense, dense, None), inside)
     start = runs.as_record(Preflight, run.read("preflight.json", planning.PREFLIGHT))
     report = runs.as_record(VerifyReport, run.read("verify.json", verify.FORMAT))
     known = [(n.units, n.measured_ms) for n in start.networks] + [(costs.dense, start.dense_ms)]
     kept = runs.keep_of(run.read("recipe.json", runs.RECIPE)["keep"])
     units = {**costs.dense, **{g: len(u) for g, u in kept.items()}}
     ms = Measured(report.dense.latency.median_ms, report.pruned.latency.median_ms, start.floor.measured_ms)
-    return _explained(graph, measure.calibrate(costs, known)[0], units, ms)
+    inside = target.operators(run.path("artifact"))
+    return _explained(graph, measure.calibrate(costs, known)[0], units, ms, inside)
 
 
 def free_speed(stairs: Stairs) -> bool:
@@ -138,14 +140,18 @@ def _as_run(section: CompressSection, run: Run) -> CompressSection:
     return section.model_copy(update={key: asked[key] for key in ("protected", "min_width", "drop_blocks")})
 
 
-def _dense_ms(model: nn.Module, graph: ModelGraph, target: Target, calibration: Sequence[NDArray[Any]]) -> float:
+def _dense(
+    model: nn.Module, graph: ModelGraph, target: Target, calibration: Sequence[NDArray[Any]]
+) -> tuple[float, Operators]:
     with tempfile.TemporaryDirectory(prefix="edgeprune-explain-") as folder:
         bench = Bench(model, graph, target, Path(folder), calibration)
         bench.time([])
-    return bench.reference_ms
+        return bench.reference_ms, target.operators(Path(folder) / "dense")
 
 
-def _explained(graph: ModelGraph, costs: Costs, units: Mapping[str, int], measured: Measured) -> Explanation:
+def _explained(
+    graph: ModelGraph, costs: Costs, units: Mapping[str, int], measured: Measured, inside: Operators
+) -> Explanation:
     floor = allocate.floor(costs)
     timed = {s.layer.name for s in costs.surfaces}
     return Explanation(
@@ -158,6 +164,7 @@ def _explained(graph: ModelGraph, costs: Costs, units: Mapping[str, int], measur
         predicted_ms=costs.predict_ms(units),
         predicted_floor_ms=floor.predicted_ms,
         measured=measured,
+        operators=inside,
     )
 
 

@@ -141,6 +141,15 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Operators:
+    """What a runtime spends inside one network: (its own name of an operator, ms) in the order they run."""
+
+    times: tuple[tuple[str, float], ...]
+    whole_ms: float  # end to end, while it was watched
+    why: str  # there are no times; "" too where a runtime is not asked for them
+
+
+@dataclass(frozen=True)
 class Fingerprint:
     """What a measurement depends on besides the layer: two tables mix only when these are equal."""
 

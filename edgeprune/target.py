@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from .errors import ConfigError, UsageError
 from .host import Host
-from .records import Artifact, DeviceState, Fingerprint, LayerShape, Progress, Timing
+from .records import Artifact, DeviceState, Fingerprint, LayerShape, Operators, Progress, Timing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,6 +78,9 @@ class Target(Protocol):
 
     def stored(self, inputs: NDArray[Any]) -> NDArray[Any]:
         """Inputs of torch, (N, channels, ...), as the exported files take them."""
+
+    def operators(self, folder: Path) -> Operators:
+        """What each operator of the network that was exported into a folder takes, by the runtime's own profiler."""
 
     def state(self) -> DeviceState:
         """Load, clock and temperature now."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import base64
 import importlib
+import os
+import subprocess
 import zlib
 from collections.abc import Callable
 from importlib import metadata
@@ -14,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from . import machine, timing
+from . import litert_operators, machine, timing
 
 METHOD = "1"  # of timing layers: entries of one method do not mix with another's
 RUNTIMES = ("ai_edge_litert", "tflite_runtime")
@@ -61,7 +63,7 @@ class Program:
         self.call_ms = 0.0
 
     def calls(self) -> dict[str, Callable[..., Any]]:
-        return {"open": self.open, "state": self.state, "time": self.time, "run": self.run}
+        return {"open": self.open, "state": self.state, "time": self.time, "run": self.run, "operators": self.operators}
 
     def open(self, event: Callable[[Any], None], threads: int, xnnpack: bool) -> dict[str, Any]:
         """Fix threads and kernels for the session; returns what the measurements will depend on."""
@@ -129,6 +131,18 @@ class Program:
                 event({"done": start, "of": len(arrays[0])})
         np.save(output, np.concatenate(results))
         return {"count": len(arrays[0]), "peak_memory_bytes": machine.peak_memory_bytes()}
+
+    def operators(self, event: Callable[[Any], None], path: str) -> dict[str, Any]:
+        """What each operator inside a model takes; where that cannot be read, `why`. It is never needed."""
+        if VERSION not in litert_operators.KNOWN:
+            return {"why": "they are read with %s, not with %s" % (", ".join(litert_operators.KNOWN), VERSION)}
+        if self.threads != 1 or not self.xnnpack:
+            return {"why": "they are read with one thread and XNNPACK"}
+        library = os.path.join(os.path.dirname(os.path.abspath(RUNTIME.__file__)), litert_operators.LIBRARY)
+        try:
+            return litert_operators.measured(library, path)
+        except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+            return {"why": str(error)}
 
     def _loaded(self, model: Any) -> Any:
         """An interpreter of a model, given by path or as bytes."""

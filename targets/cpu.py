@@ -16,7 +16,7 @@ from .. import export, files
 from ..errors import RuntimeMissing
 from ..graph import Example
 from ..host import Here, Host
-from ..records import Artifact, DeviceState, Fingerprint, LayerShape, Progress, Timing
+from ..records import Artifact, DeviceState, Fingerprint, LayerShape, Operators, Progress, Timing
 from ..target import Target
 
 LAYERS = (
@@ -123,6 +123,10 @@ class Cpu:
 
     def stored(self, inputs: NDArray[Any]) -> NDArray[Any]:
         return inputs
+
+    def operators(self, folder: Path) -> Operators:
+        """None: OpenVINO fuses by its own plan, and its counters are averages since a network was loaded."""
+        return Operators((), 0.0, "")
 
     def state(self) -> DeviceState:
         return _record(DeviceState, self._agent.call("state", SILENCE_S))

@@ -18,7 +18,7 @@ from .. import files, flatbuffer, litert
 from ..errors import RuntimeMissing, TargetError, UsageError
 from ..graph import Example
 from ..host import Here, Host, Ssh
-from ..records import Artifact, DeviceState, Fingerprint, LayerShape, Progress, Timing
+from ..records import Artifact, DeviceState, Fingerprint, LayerShape, Operators, Progress, Timing
 from ..target import Target
 
 SILENCE_S = 300.0  # without a word from the device program for this long, it hangs
@@ -139,6 +139,15 @@ class Tflite:
 
     def stored(self, inputs: NDArray[Any]) -> NDArray[Any]:
         return litert.channels_last(inputs)
+
+    def operators(self, folder: Path) -> Operators:
+        """By the C profiler of the releases it is known on."""
+        if not (folder / MODEL).exists():
+            return Operators((), 0.0, f"{folder} has no {MODEL}")
+        found = self._agent.call("operators", SILENCE_S, path=self.host.put(folder / MODEL))
+        if "why" in found:
+            return Operators((), 0.0, str(found["why"]))
+        return Operators(tuple((name, us / 1000) for name, us in found["operators"]), found["whole_us"] / 1000, "")
 
     def state(self) -> DeviceState:
         return _record(DeviceState, self._agent.call("state", SILENCE_S))

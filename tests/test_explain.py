@@ -10,7 +10,7 @@ import pytest
 from edgeprune import files
 from edgeprune.cli import explaining
 from edgeprune.explain import Explanation, GroupRow, Measured, Row, Stairs
-from edgeprune.records import FrozenChannels, LayerRow
+from edgeprune.records import FrozenChannels, LayerRow, Operators
 
 EDGE = Stairs(at=40, wider=40, narrower=32, at_ms=0.9, narrower_ms=0.7)  # 22 % faster for 20 % ... below FREE
 CLIFF = Stairs(at=40, wider=40, narrower=32, at_ms=1.0, narrower_ms=0.6)
@@ -30,6 +30,7 @@ FOUND = Explanation(
     predicted_ms=4.6,
     predicted_floor_ms=2.2,
     measured=Measured(dense_ms=8.0, planned_ms=5.0, floor_ms=2.5),
+    operators=Operators((), 0.0, ""),
 )
 
 
@@ -50,6 +51,17 @@ def said(found: Explanation, capsys: pytest.CaptureFixture[str]) -> str:
 )
 def test_where_a_width_stands_is_said_in_words(stairs: Stairs, text: str) -> None:
     assert explaining.standing(stairs) == text
+
+
+def test_the_runtime_s_own_operators_are_summed_by_name_or_it_is_said_why_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    times = (("Convolution", 2.0), ("Transpose", 0.25), ("Convolution", 1.75))
+    text = said(replace(FOUND, operators=Operators(times, 5.0, "")), capsys)
+    assert "the runtime counts 3 operators, 4 of 5 ms: Convolution 3.75 ms (75%), Transpose 0.25 ms (5%)" in text
+    text = said(replace(FOUND, operators=Operators((), 0.0, "they are read with one thread")), capsys)
+    assert "no times of the runtime's own operators: they are read with one thread" in text
+    assert "operators" not in said(FOUND, capsys)
 
 
 def test_the_sum_of_layers_stands_beside_the_whole_network(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from edgeprune.profilers import tflite
+from edgeprune.profilers import litert_operators, tflite
 from torch import Tensor, nn
 
 from edgeprune import flatbuffer, litert
@@ -300,3 +301,59 @@ def test_a_runtime_that_is_missing_or_does_not_work_is_named_with_what_to_do(
 def test_the_model_that_measures_a_call_is_one_relu() -> None:
     assert flatbuffer.operators(tflite.NOTHING) == ["RELU"]
     assert flatbuffer.input_shapes(tflite.NOTHING) == [(1, 16)]
+
+
+# ---- operators inside a network ------------------------------------------------------------------------------
+
+
+def stacked(folder: Path) -> Path:
+    """Two convolutions of which the second does almost three times the work of the first, and a sum."""
+    graph = flatbuffer.Graph()
+    x, size = graph.input((1, 48, 48, 32)), (1, 48, 48, 32)
+    options = {"strideH": 1, "strideW": 1, "dilationHFactor": 1, "dilationWFactor": 1}
+    for kernel in (3, 5):
+        weights, bias = flatbuffer.weights(32, kernel, kernel, 32), flatbuffer.weights(32)
+        x = graph.operator(
+            "CONV_2D", [x, graph.constant(weights), graph.constant(bias)], size, "Conv2DOptions", **options
+        )
+    x = graph.operator("ADD", [x, graph.input(size)], size)
+    path = folder / "model.tflite"
+    path.write_bytes(graph.pack(x))
+    return path
+
+
+def test_the_operators_of_a_network_are_timed_in_the_order_they_run(here: Any, tmp_path: Path) -> None:
+    stacked(tmp_path)
+    found = here.operators(tmp_path)
+    assert found.why == ""
+    names = [name for name, _ in found.times]
+    assert [name.split()[0] for name in names] == ["Convolution", "Convolution", "Add"]
+    assert found.times[1][1] > 1.3 * found.times[0][1]
+    assert 0.5 * found.whole_ms < sum(ms for _, ms in found.times) <= found.whole_ms
+
+
+def test_operators_that_cannot_be_read_are_explained_and_nothing_else_stops(here: Any, tmp_path: Path) -> None:
+    (tmp_path / "model.tflite").write_bytes(b"no model")
+    why = here.operators(tmp_path).why
+    assert re.match(r"LiteRT's profiler ended with status 1: RuntimeError: LiteRt\w+ failed", why)
+    assert here.operators(tmp_path / "nowhere").why.endswith("nowhere has no model.tflite")
+    assert here.time([conv()], 5, 5, 0.5, 0.1)[0].median_ms > 0
+    with closing(open_target("lite", {"lite": {"kind": "tflite", "threads": 2}})) as opened:
+        stacked(tmp_path)
+        assert opened.operators(tmp_path).why == "they are read with one thread and XNNPACK"
+
+
+def test_a_library_that_the_profiler_does_not_fit_ends_its_own_process_only(tmp_path: Path) -> None:
+    """Another release's library may crash it: here one in which nothing is where it is looked for."""
+    with pytest.raises(RuntimeError, match=r"LiteRT's profiler ended with status 1: AttributeError: .*LiteRtCreateEnv"):
+        litert_operators.measured("libc.so.6", str(stacked(tmp_path)))
+
+
+def test_an_operator_takes_the_mean_of_its_middle_half_and_belongs_to_its_place_in_a_run() -> None:
+    events = []
+    for at, us in enumerate((100, 10, 11, 12, 13, 90, 12, 13)):
+        events += [("Invoke", 1, 2 * us), ("Conv", 8, us), ("Add", 8, 1), ("Conv", 2, 3)]
+        events += [("once", 8, 7)] if at == 0 else []
+    found = litert_operators.summary(events)
+    assert found["operators"] == [["Conv", 12.5], ["Add", 1.0], ["Conv", 3.0]]
+    assert found["whole_us"] == 25.0

@@ -12,13 +12,14 @@ from ..records import LayerRow
 
 LAYERS = 20  # of a long list
 GROUPS = 8
+OPERATORS = 8
 
 
 def text(found: Explanation) -> None:
     """Print it: layers, then what the whole network comes to, then what could change."""
     console = Console(highlight=False)
     console.print(_layers(found))
-    for line in [*_sums(found), *_limits(found), *_advice(found)]:
+    for line in [*_sums(found), *_limits(found), *_advice(found), *_inside(found)]:
         console.print(line, soft_wrap=True, markup=False)
 
 
@@ -116,3 +117,17 @@ def _advice(found: Explanation) -> list[str]:
     for group in wider[:GROUPS]:
         lines.append(f"group {group.id}: {group.stairs.at} -> {group.stairs.wider} channels costs nothing")
     return lines or ["no group stands at the edge of a step"]
+
+
+def _inside(found: Explanation) -> list[str]:
+    """Where the runtime itself says the time goes: what it has fused, reordered or added shows here only."""
+    times, whole_ms = found.operators.times, found.operators.whole_ms
+    if not times:
+        return [f"no times of the runtime's own operators: {found.operators.why}"] if found.operators.why else []
+    spent: dict[str, float] = {}
+    for name, ms in times:
+        spent[name] = spent.get(name, 0.0) + ms
+    most = sorted(spent.items(), key=lambda pair: -pair[1])[:OPERATORS]
+    each = ", ".join(f"{name} {ms:.4g} ms ({ms / whole_ms:.0%})" for name, ms in most)
+    summed = sum(ms for _, ms in times)
+    return [f"the runtime counts {len(times)} operators, {summed:.4g} of {whole_ms:.4g} ms: {each}"]
