@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import files as disk
-from .errors import DeployError
+from .errors import DeployError, EdgepruneError, LinkError
 from .host import Host
 from .profilers.history import Version
 from .records import Receipt
@@ -42,16 +42,36 @@ def install(
     for name, path in files.items():
         if not path.is_file():
             raise DeployError(f"{path}, to be installed as {name}, is not a file; export the model again")
+    sent: dict[str, str] = {}
+    try:
+        reply = _sent_and_installed(host, files, manifest, folder, keep, service, lock_timeout_s, sent)
+    except LinkError:
+        raise  # what was sent stays for the next attempt
+    except EdgepruneError:
+        _drop(host, sent)
+        raise
+    _drop(host, sent)
+    return Receipt(**reply)
+
+
+def _sent_and_installed(
+    host: Host, files: Mapping[str, Path], manifest: Mapping[str, Any], folder: str, keep: int, service: str,
+    lock_timeout_s: float, sent: dict[str, str],
+) -> dict[str, str]:  # fmt: skip
     with host.start("installer") as agent:
         agent.call("room", SILENCE_S, folder=folder, size_bytes=sum(path.stat().st_size for path in files.values()))
-        sent = {name: host.put(path) for name, path in files.items()}
-        reply = agent.call(
+        for name, path in files.items():
+            sent[name] = host.put(path)
+        installed: dict[str, str] = agent.call(
             "install", SILENCE_S, folder=folder, files=sent, manifest=disk.plain(dict(manifest)), keep=keep,
             service=service, linked=host.copies, lock_timeout_s=lock_timeout_s,
         )  # fmt: skip
+        return installed
+
+
+def _drop(host: Host, sent: Mapping[str, str]) -> None:
     for copy in sent.values():
         host.drop(copy)
-    return Receipt(**reply)
 
 
 def rollback(host: Host, folder: str, service: str = "", lock_timeout_s: float = LOCK_S) -> Receipt:

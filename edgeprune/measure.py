@@ -18,6 +18,7 @@ BATCH = 12  # layers measured in turn
 INTERVAL = 0.01  # a layer is measured until the 95 % interval of its median is this narrow, relative to it
 VISITS = (7, 60)  # at least, at most
 LAYER_S = 0.2  # at most, a layer
+NETWORK_VISITS, NETWORK_INTERVAL = (25, 200), 0.004  # the same, of a whole network
 DRIFT = 0.04  # a sentinel this far from its reference spoils the batch it was measured with
 TRIES = 3
 HOT_C, HOT = 85.0, 1e3  # small boards slow down from here on; what a batch that was measured hot is worth
@@ -219,7 +220,7 @@ def time_networks(
     Each is loaded `copies` times and its visits are pooled: where a runtime puts a network's buffers in memory moves
     its latency by a percent or more, and that is decided anew each time it is loaded.
     """
-    timings = target.time(list(artifacts) * copies, 25, 200, 0.004, budget_s)
+    timings = target.time(list(artifacts) * copies, *NETWORK_VISITS, NETWORK_INTERVAL, budget_s)
     return [pooled(timings[at :: len(artifacts)]) for at in range(len(artifacts))]
 
 

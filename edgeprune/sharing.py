@@ -5,7 +5,7 @@ An exported table is one JSON object, its entries in a fixed order, so that two 
     format       "edgeprune.table/1"
     fingerprint  what every entry depends on: kind, device, runtime, precision, threads, details ([name, value] pairs)
     sessions     id, began_at, notes, began and ended (the device's state: load, frequency_mhz, temperature_c,
-                 throttled, notes; ended is null when it was killed)
+                 memory_mb, throttled, notes; ended is null when it was killed)
     entries      layer (op, in_ch, out_ch, batch, spatial, kernel, stride, padding, dilation, conv_groups, fused),
                  timing (median_ms, p10_ms, p90_ms, runs, interval), measured_at, session
 """

@@ -232,7 +232,8 @@ def _clean(folder: Path, state: State) -> None:
 
 def _bring(sources: Mapping[str, Path], content: Mapping[str, Any], folder: Path, name: str, linked: bool) -> None:
     """Copy the files beside, prove the copies, and rename them into `versions/name`."""
-    check_space(folder, history.size_bytes(content))
+    there = linked and all(source.stat().st_dev == folder.stat().st_dev for source in sources.values())
+    check_space(folder, 0 if there else history.size_bytes(content))
     incoming = folder / "versions" / f".incoming-{os.getpid()}"
     incoming.mkdir()
     for file_name, source in sources.items():

@@ -1,0 +1,261 @@
+"""The whole job on an ARM board: real aarch64, real ssh, and a clock that counts instructions, so figures are exact.
+
+Its milliseconds are those of the emulator, not of any board.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boardnet
+import models
+import numpy as np
+import pytest
+
+from edgeprune import cli, deploy, measure
+from edgeprune.errors import DeployError, TargetError
+from edgeprune.host import Ssh
+from edgeprune.records import Artifact
+from edgeprune.target import Target, open_target
+
+pytestmark = pytest.mark.board
+ARM_BOARD = Path(__file__).resolve().parent.parent / "tools" / "arm_board"
+SAME = 1e-3
+TICK_MS = 16e-6  # of the board's timer, which counts at 62.5 MHz
+
+
+class Board:
+    """An emulated board of its own."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self._state = folder
+        self.config = Path(self.act("start", *options).strip())
+
+    def act(self, action: str, *options: str) -> str:
+        command = [sys.executable, str(ARM_BOARD), action, "--state", str(self._state), *options]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=600)
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    def as_root(self, command: str) -> str:
+        ssh = ["ssh", "-F", str(self.config), "board-root", command]
+        return subprocess.run(ssh, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
+    board = Board(tmp_path_factory.mktemp("board") / "run")
+    yield board
+    board.act("stop")
+
+
+@pytest.fixture
+def host(board: Board) -> Iterator[Ssh]:
+    host = Ssh("board", board.config)
+    yield host
+    host.close()
+
+
+@pytest.fixture
+def target(board: Board) -> Iterator[Target]:
+    sections = {"pi": {"kind": "tflite", "host": "board", "ssh_config": str(board.config)}}
+    with contextlib.closing(open_target("pi", sections)) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_visits() -> Iterator[None]:
+    """This clock has no noise to average out, and the emulator is slow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "VISITS", (3, 60))
+        patch.setattr(measure, "NETWORK_VISITS", (5, 200))
+        yield
+
+
+@pytest.fixture(scope="module")
+def project(board: Board, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose target is the board."""
+    folder = tmp_path_factory.mktemp("project")
+    path = boardnet.make(folder)
+    before = path.read_text()
+    assert cli.run(["targets", "add", "pi", "--host", "board", "--ssh-config", str(board.config), "-p", str(path)]) == 0
+    assert path.read_text().startswith(before)
+    return folder
+
+
+@pytest.fixture
+def inside(project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("EDGEPRUNE_HOME", str(project / "home"))
+    return project
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    capsys.readouterr()
+    status = cli.run([*arguments, "--json"])
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    return json.loads(out)
+
+
+# ---- the job, in order ---------------------------------------------------------------------------------------
+
+
+def test_the_chain_to_the_board_is_whole(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, "targets", "check", "pi")
+    assert list(found) == ["ssh", "python3", "disk", "clock", "runtime", "device", "governor", "state"]
+    assert found["runtime"] == "ai_edge_litert 2.3.0, f32, 1 thread"
+    assert found["clock"] == "right"
+    assert re.fullmatch(r"linux,dummy-virt, 1 cores, \d+ MB of memory free", found["device"])
+
+
+def test_the_table_predicts_whole_networks_within_one_percent(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, "profile", "--check", "4", "--quiet")
+    assert found["filled"]["entries"] > 50
+    assert found["filled"]["notes"] == []
+    errors = np.array(found["check"]["predicted_ms"]) / np.array(found["check"]["measured_ms"]) - 1
+    assert float(np.median(np.abs(errors))) <= 0.01
+    assert found["check"]["rank_correlation"] == 1.0
+
+
+def test_a_second_profile_gives_the_same_table(
+    inside: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = []
+    for home in ("home", "second"):
+        monkeypatch.setenv("EDGEPRUNE_HOME", str(inside / home))
+        answer(capsys, "profile", "--quiet")
+        assert cli.run(["table", "export", f"{home}.json"]) == 0
+        table = json.loads(Path(f"{home}.json").read_text())
+        entries.append({json.dumps(e["layer"]): e["timing"]["median_ms"] for e in table["entries"]})
+    assert entries[0].keys() == entries[1].keys()
+    # the reading of a layer and that of an empty call, which is taken off it, may each fall on the next tick
+    off = max(abs(entries[1][layer] - ms) / max(SAME * ms, 2 * TICK_MS) for layer, ms in entries[0].items())
+    assert off <= 1.0, "an entry moved by more than its clock's resolution"
+
+
+def test_an_accepted_plan_measures_at_or_under_its_budget(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer(capsys, "compress", "--quiet")
+    report = json.loads(Path("runs/001/verify.json").read_text())
+    dense, pruned = (report[name]["latency"]["median_ms"] for name in ("dense", "pruned"))
+    assert pruned <= dense / 1.5
+    assert abs(report["predicted_ms"] / pruned - 1) <= 0.01
+    assert report["pruned"]["agreement"]["max_difference"] <= 1e-3
+    assert report["pruned"]["accuracy"]["total"] == 90
+    assert report["fingerprint"]["device"] == "linux,dummy-virt"
+
+
+def test_the_network_is_installed_and_answers_with_the_boards_own_runtime(
+    inside: Path, host: Ssh, capsys: pytest.CaptureFixture[str]
+) -> None:
+    receipt = answer(capsys, "flash", "--to", "models/digits", "--service", "touch models/restarted")
+    assert receipt["folder"] == "/home/pi/models/digits"
+    listed = answer(capsys, "flash", "--list", "--to", "models/digits")["versions"]
+    assert [v["name"] for v in listed] == [receipt["version"]]
+    current = f"{receipt['folder']}/current"
+    host.run(["test", "-e", "models/restarted"], 60)
+    host.run(["python3", f"{current}/run.py", f"{current}/smoke_inputs.npy", "outputs.npy"], 120)
+    for name in ("outputs.npy", f"{current}/smoke_outputs.npy"):
+        host.get(f"/home/pi/{name}" if "/" not in name else name, inside / Path(name).name)
+    found, recorded = np.load(inside / "outputs.npy"), np.load(inside / "smoke_outputs.npy")
+    assert np.abs(found - recorded).max() <= 1e-3 * np.abs(recorded).max()
+
+
+# ---- faults --------------------------------------------------------------------------------------------------
+
+
+def layers(target: Target, count: int) -> list[float]:
+    batch = [measure.SENTINEL] * count
+    return [timing.median_ms for timing in target.time(batch, 3, 60, 0.01, 1.0)]
+
+
+def during(delay_s: float, *acts: Any) -> threading.Thread:
+    """Acts that begin while something else runs."""
+
+    def run() -> None:
+        time.sleep(delay_s)
+        for act in acts:
+            act()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+def test_a_power_cut_in_the_middle_of_a_profile_costs_only_time(board: Board, target: Target) -> None:
+    before = layers(target, 1)
+    cut = during(0.5, lambda: board.act("power-cut"), lambda: board.act("power-on"))
+    after = layers(target, 12)
+    cut.join()
+    assert max(abs(np.array(after) / before[0] - 1)) <= 0.01
+
+
+def installed(host: Ssh, tmp_path: Path, step: str, size_bytes: int = 200_000) -> str:
+    return deploy.install(host, *models.package(tmp_path, step, size_bytes), "models/faults").version
+
+
+def works(host: Ssh) -> bool:
+    """Does `current` lead to a model that answers as recorded? Asked of the device, by a rollback to nowhere else."""
+    program = sorted(host.run(["sh", "-c", "ls -t .cache/edgeprune/*/edgeprune-*.pyz"], 60).split())[0]
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from device import smoke; sys.exit(smoke.main(sys.argv[2]))"
+    host.run(["python3", "-c", code, program, "models/faults/current"], 120)
+    return True
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+def test_a_power_cut_in_the_middle_of_a_flash_leaves_a_model_that_works(
+    board: Board, host: Ssh, tmp_path: Path, seed: int
+) -> None:
+    installed(host, tmp_path, f"A{seed}")
+    cut = during(random.Random(seed).uniform(0.5, 4.0), lambda: board.act("power-cut"), lambda: board.act("power-on"))
+    version = installed(host, tmp_path, f"B{seed}", 4_000_000)
+    cut.join()
+    assert works(host)
+    assert deploy.versions(host, "models/faults")[0].name == version
+
+
+def test_a_program_that_takes_all_memory_is_named_and_the_board_lives_on(host: Ssh) -> None:
+    with pytest.raises(TargetError, match=r"on board failed \(exit status 137\)"):
+        host.run(["python3", "-c", "x = [b'x' * (1 << 26) for _ in range(64)]"], 300)
+    assert host.run(["echo", "alive"], 60) == "alive\n"
+
+
+def test_a_clock_that_jumps_changes_no_latency_and_no_install(
+    board: Board, host: Ssh, target: Target, tmp_path: Path
+) -> None:
+    before = layers(target, 1)
+    jump = during(0.3, lambda: board.as_root("date -s '2001-01-01'"))
+    after = layers(target, 6)
+    jump.join()
+    assert max(abs(np.array(after) / before[0] - 1)) <= 0.01
+    first = installed(host, tmp_path, "past")
+    board.as_root(f"date -s @{int(time.time())}")
+    assert installed(host, tmp_path, "present") > first
+
+
+def test_a_folder_that_pi_may_not_write_is_refused_before_anything_is_sent(host: Ssh, tmp_path: Path) -> None:
+    with pytest.raises(DeployError, match=r"installing into /opt/m failed: .*Permission denied.*; check the path"):
+        deploy.install(host, *models.package(tmp_path, "A"), "/opt/m")
+
+
+def test_a_file_system_that_is_read_only_is_refused(board: Board, host: Ssh, tmp_path: Path) -> None:
+    board.as_root("mkdir -p /home/pi/ro && mount -t tmpfs -o ro tmpfs /home/pi/ro")
+    with pytest.raises(DeployError, match=r"failed: .*Read-only file system.*; check the path"):
+        deploy.install(host, *models.package(tmp_path, "A"), "ro/m")
+
+
+def test_a_model_is_timed_by_the_path_that_layers_are_timed_by(target: Target, tmp_path: Path) -> None:
+    files, _ = models.package(tmp_path, "A")
+    artifact = Artifact(str(files["model.tflite"]), (), "", 0, "tflite", "f32")
+    first, second = target.time([artifact, artifact], 5, 5, 0.0, 5.0)
+    assert abs(first.median_ms / second.median_ms - 1) <= 0.02
