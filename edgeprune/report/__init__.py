@@ -30,6 +30,8 @@ WHAT = (
     ("step-*/plan.json", "widths, units kept, every attempt"),
     ("step-*/epochs.json", "loss and accuracy of each epoch"),
     ("step-*/*.safetensors", "checkpoint"),
+    ("step-*/search.jsonl", "every network that the search judged"),
+    ("step-*/front.*", "networks that none beats in both accuracy and latency"),
     ("model.safetensors", "weights of the pruned network"),
     ("recipe.json", "units kept: with the weights it rebuilds the pruned network from its original class"),
     ("dense/*", "the dense network as the device loads it"),
