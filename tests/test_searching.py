@@ -142,7 +142,7 @@ def test_workers_find_what_one_process_finds_though_one_dies(tmp_path: Path) -> 
 def test_a_candidate_that_kills_every_worker_and_an_error_of_the_users_are_told(tmp_path: Path) -> None:
     for number in range(9):
         (tmp_path / f"bullet-{number}").touch()
-    with pytest.raises(WorkerError, match=r"the widths \{'stem': .*\} ended 3 workers; memory may be short"):
+    with pytest.raises(WorkerError, match=r"the widths \{'stem': .*\} ended 3 workers, the last one with: "):
         found_in(tmp_path / "dying", task=Fragile(tmp_path, os.getpid()), ray="local")
 
     def broken(model: nn.Module) -> float:
