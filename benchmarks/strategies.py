@@ -99,19 +99,30 @@ class Comparison:
         name = self.name(arm, seed)
         if record.load(name) is not None:
             return
+        found = self.plan(arm, seed)
+        if found is None:
+            return
+        before, after, seconds = self._trained(found["widths"], seed)
+        result = {
+            **found, "arm": arm, "seed": seed, "speedup": self.speedup, "images": self.options.images,
+            "batches": self.options.batches, "accuracy_bn": before, "accuracy": after, "training_seconds": seconds,
+        }  # fmt: skip
+        record.save(name, result)
+        print(f"{name}: {before:.2%} -> {after:.2%} at {found['ratio']:.3f} of the budget", flush=True)
+
+    def plan(self, arm: str, seed: int) -> dict[str, Any] | None:
+        """Widths at the measured latency, and what the search found; kept, for the training takes as long again."""
+        name = f"{FOLDER}/plans/{Path(self.name(arm, seed)).name}"
+        known = record.load(name)
+        if known is not None:
+            return {key: known[key] for key in known if key not in ("machine", "at")}
         allocator, what = self.allocator(arm, seed)
         if self.options.search:
             print(f"{name}: searched {what}", flush=True)
-            return
+            return None
         widths, ratio = self._at_the_latency(allocator)
-        before, after, seconds = self._trained(widths, seed)
-        result = {
-            "arm": arm, "seed": seed, "speedup": self.speedup, "widths": widths, "ratio": ratio, **what,
-            "images": self.options.images, "batches": self.options.batches, "accuracy_bn": before, "accuracy": after,
-            "training_seconds": seconds,
-        }  # fmt: skip
-        record.save(name, result)
-        print(f"{name}: {before:.2%} -> {after:.2%} at {ratio:.3f} of the budget", flush=True)
+        record.save(name, {"widths": widths, "ratio": ratio, **what})
+        return {"widths": widths, "ratio": ratio, **what}
 
     def _at_the_latency(self, allocator: Allocator) -> tuple[dict[str, int], float]:
         budget_ms, tried = self.budget_ms, []

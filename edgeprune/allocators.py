@@ -85,10 +85,15 @@ def along(
     def floored(units: Mapping[str, float]) -> dict[str, int]:
         return {g: max((w for w in choices[g] if w <= units[g]), default=choices[g][0]) for g in choices}
 
+    known: dict[tuple[int, ...], bool] = {}  # most halvings round to widths that were priced before
+
     def fits(units: Mapping[str, int]) -> bool:
-        return costs.predict_ms(units) <= budget_ms and all(
-            limit.predict(units, costs.blocks) <= limit.budget for limit in limits
-        )
+        key = tuple(units.values())
+        if key not in known:
+            known[key] = costs.predict_ms(units) <= budget_ms and all(
+                limit.predict(units, costs.blocks) <= limit.budget for limit in limits
+            )
+        return known[key]
 
     smallest = {g: widths[0] for g, widths in choices.items()}
     if not fits(smallest):

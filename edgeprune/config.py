@@ -174,7 +174,7 @@ class GeneticSection(Section):
     mode: Literal["nsga2", "score"] = Field(
         "nsga2", description="nsga2: non-dominated sorting; score: GeneCAI's own scalar score"
     )
-    population: PositiveInt | None = Field(None, description="default: a tenth of the evaluations, at most 50")
+    population: PositiveInt | None = Field(None, description="default: a twentieth of the evaluations, 4 to 50")
     directed: bool = Field(True, description="begin with networks that each layer alone could bear")
     tolerance: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.01, description="accuracy that cutting one layer alone may cost, for the directed beginning"

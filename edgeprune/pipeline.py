@@ -274,7 +274,7 @@ def prune_step(
     if chosen is None:
         scores = current_scores(student, graph, keep, task, asked)
         left = _at_most(aims, keep)
-        subject = Subject(dense, graph, student, keep, scores, task, Run(folder))
+        subject = Subject(dense, graph, student, keep, scores, task, Run(folder), asked.protected)
         allocator = _allocator(subject, left, schedule, asked, watch)
         chosen = _choose(left, scores, allocator, asked, schedule[0], last, watch)
     cut = surgery.cut(dense, graph, chosen.keep)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from .. import files, verify
 from ..errors import MissedError
+from ..search import front
 
 if TYPE_CHECKING:
     from ..pipeline import Outcome
@@ -121,11 +122,22 @@ def missed(outcome: Outcome) -> list[str]:
 
 
 def _finished(outcome: Outcome, page: Path) -> None:
+    if (path := outcome.run.path(f"step-1/{front.NAME}.json")).exists():
+        _front(front.read(path), path.with_suffix(".html"))
     _report(outcome.report)
     for name, report in outcome.others:
         print(f"\non {name}:")
         _report(report)
     print(f"report: {page}")
+
+
+def _front(choices: Sequence[front.Choice], picture: Path) -> None:
+    """What a genetic search offers: a plan's latency is a budget to ask for."""
+    table = Table("predicted ms", "accuracy before training", "loss", title="no network was better in both")
+    for choice in choices:
+        table.add_row(f"{choice.predicted_ms:.4g}", f"{choice.accuracy:.2%}", f"{choice.loss:.3f}")
+    _console().print(table)
+    print(f"front: {picture} (another of its plans: edgeprune compress --latency-ms MS)")
 
 
 def _report(report: VerifyReport) -> None:

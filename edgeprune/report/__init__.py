@@ -31,6 +31,8 @@ WHAT = (
     ("step-*/epochs.json", "loss and accuracy of each epoch"),
     ("step-*/*.safetensors", "checkpoint"),
     ("floors.json", "the floors' metrics on the search split, of each network that was trained"),
+    ("step-*/search.jsonl", "every network that the search judged"),
+    ("step-*/front.*", "networks that none beats in both accuracy and latency"),
     ("model.safetensors", "weights of the pruned network"),
     ("recipe.json", "units kept: with the weights it rebuilds the pruned network from its original class"),
     ("dense/*", "the dense network as the device loads it"),

@@ -9,6 +9,7 @@ already, and ends with the same result. Nor does the result depend on how many w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 
 from .. import allocate, allocators
 from ..allocate import Allocator
@@ -50,12 +51,10 @@ def find(
     """
     journal = Journal(subject.run.path(JOURNAL), tuple(space.costs.candidates))
     evaluations = max(1, settings.evaluations // steps)
-    with watch.stage(f"judge candidates, {strategy}") as progress, workers.judges(subject, settings) as judges:
-        try:
-            trying = Trying(space, judges, journal, evaluations, progress)
-            found = _search(trying, strategy, settings, seed)
-        finally:
-            journal.close()
+    stage = watch.stage(f"judge candidates, {strategy}")
+    with closing(journal), stage as progress, workers.judges(subject, settings) as judges:
+        trying = Trying(space, judges, journal, evaluations, progress)
+        found = _search(trying, strategy, settings, seed)
     if strategy == "genetic":
         write_front(subject.run, space, trying.candidates)
     watch.say(f"best of {len(trying.candidates)}: loss {found.evaluation.loss:.4f} at {found.predicted_ms:.4g} ms")
@@ -73,5 +72,5 @@ def _search(trying: Trying, strategy: str, settings: SearchSection, seed: int) -
 def write_front(run: Run, space: Space, candidates: Sequence[Candidate]) -> None:
     """The Pareto front as plans, and as a picture."""
     choices = front.of(candidates)
-    run.write("front.json", front.FORMAT, {"budget_ms": space.budgets_ms[0], "plans": choices})
-    front.draw(choices, candidates, space.budgets_ms[0], run.path("front.html"))
+    run.write(f"{front.NAME}.json", front.FORMAT, {"budget_ms": space.budgets_ms[0], "plans": choices})
+    front.draw(choices, candidates, space.budgets_ms[0], run.path(f"{front.NAME}.html"))

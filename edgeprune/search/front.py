@@ -14,6 +14,7 @@ from .space import Units
 from .trying import Candidate
 
 FORMAT = "edgeprune.front/1"
+NAME = "front"  # of its files
 Floats = NDArray[np.float64]
 
 
@@ -36,6 +37,11 @@ def of(candidates: Sequence[Candidate]) -> list[Choice]:
         if not found or accuracy > found[-1].accuracy:
             found.append(Choice(candidate.units, candidate.predicted_ms, accuracy, candidate.evaluation.loss))
     return found
+
+
+def read(path: Path) -> list[Choice]:
+    """A front that was written."""
+    return [Choice(**plan) for plan in files.read_json(path, FORMAT)["plans"]]
 
 
 def hypervolume(points: Floats, reference: tuple[float, float]) -> float:

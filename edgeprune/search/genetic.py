@@ -24,6 +24,7 @@ from .trying import Candidate, Trying, best
 MOST = 50  # networks a generation
 LAST = 0.1  # of the evaluations: members of the front, carried to the budget
 LEVELS = (0.25, 0.5, 0.75)  # between the floor's and the dense latency: uniform and exact plans to begin with
+ETA = 3.0  # of crossover and mutation: larger ones would round back to the width they came from
 CROSSOVER, SWAP = 0.2, 0.2  # chance for a pair, and then for each gene
 MUTATION, GENE, SPREAD = 0.8, 0.05, 0.2  # chance for a network, for each gene, and by how much of its values
 
@@ -41,7 +42,7 @@ def search(trying: Trying, settings: GeneticSection, seed: int) -> Candidate:
         UsageError: pymoo is not installed.
     """
     space, draw = trying.space, np.random.Generator(np.random.PCG64(seed))
-    size = settings.population or min(MOST, max(4, trying.evaluations // 10))
+    size = settings.population or min(MOST, max(4, trying.evaluations // 20))
     keep = max(1, round(LAST * trying.evaluations))
     first = beginning(trying, settings, size, draw)
     evolve = _nsga2 if settings.mode == "nsga2" else _scored
@@ -50,13 +51,15 @@ def search(trying: Trying, settings: GeneticSection, seed: int) -> Candidate:
 
 
 def beginning(trying: Trying, settings: GeneticSection, size: int, draw: np.random.Generator) -> list[Genome]:
-    """The first generation: uniform and exact plans at a few latencies, the rest around what each layer can bear."""
+    """The first generation: a third uniform and exact plans at a few latencies, a third around what each layer can
+    bear, and the rest anywhere, for those two leave fast networks out."""
     space = trying.space
     if not settings.directed:
         return [genotype.anywhere(space, draw) for _ in range(size)]
     cut = genotype.boundary(trying, settings.tolerance)
-    plans = [genotype.encode(space, units) for units in _known(space)][: size // 2]
-    return [*plans, *(genotype.directed(space, cut, draw) for _ in range(size - len(plans)))]
+    plans = [genotype.encode(space, units) for units in _known(space)][: size // 3]
+    near = [genotype.directed(space, cut, draw) for _ in range(size // 3)]
+    return [*plans, *near, *(genotype.anywhere(space, draw) for _ in range(size - len(plans) - len(near)))]
 
 
 def _known(space: Space) -> list[dict[str, int]]:
@@ -111,8 +114,8 @@ def _nsga2(trying: Trying, first: Sequence[Genome], keep: int, settings: Genetic
     algorithm = NSGA2(
         pop_size=len(first),
         sampling=np.array(first),
-        crossover=SBX(prob=0.9, eta=15, vtype=float, repair=RoundingRepair()),
-        mutation=PM(eta=20, vtype=float, repair=RoundingRepair()),
+        crossover=SBX(prob=0.9, eta=ETA, vtype=float, repair=RoundingRepair()),
+        mutation=PM(eta=ETA, vtype=float, repair=RoundingRepair()),
         eliminate_duplicates=True,
     )
     algorithm.setup(problem, termination=("n_gen", trying.evaluations), seed=seed, verbose=False)

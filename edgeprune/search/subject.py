@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from .. import importance, surgery
 from ..finetune import load_state
-from ..graph import ModelGraph
+from ..graph import ModelGraph, trace
 from ..importance import Importance
 from ..records import Evaluation, Keep
 from ..runs import Run
@@ -32,6 +33,15 @@ class Subject:
     scores: Importance
     task: Task
     run: Run
+    protected: tuple[str, ...] = ()  # of the graph
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A recording does not travel: workers trace the network again."""
+        return {**vars(self), "graph": self.graph.example}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        graph = trace(state["dense"], state["graph"], state["protected"])
+        vars(self).update({**state, "graph": graph})
 
     def cut(self, units: Units) -> nn.Module:
         """The student with fewer channels."""

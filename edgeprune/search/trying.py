@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from ..records import Evaluation, Progress
-from .journal import Journal, Key
+from .journal import Key
 from .space import Space, Units
 
-STALLED = 50  # rounds without a new candidate: a small space is exhausted
+STALLED = 20  # rounds without a new candidate: a small space is exhausted
 Judges = Callable[[Sequence[Units]], Iterator[tuple[int, Evaluation]]]  # (position, found), as they finish
 
 
@@ -22,12 +23,21 @@ class Candidate:
     evaluation: Evaluation
 
 
+class Memory(Protocol):
+    """What was judged before (see `Journal`)."""
+
+    known: dict[Key, Evaluation]
+
+    def add(self, key: Key, found: Evaluation) -> None:
+        """Keep one more."""
+
+
 class Trying:
     """Answers a strategy's questions; asked for the same widths twice, it judges once and counts once."""
 
-    def __init__(self, space: Space, judges: Judges, journal: Journal, evaluations: int, progress: Progress) -> None:
+    def __init__(self, space: Space, judges: Judges, memory: Memory, evaluations: int, progress: Progress) -> None:
         self.space, self.evaluations = space, evaluations
-        self._judges, self._journal, self._progress = judges, journal, progress
+        self._judges, self._memory, self._progress = judges, memory, progress
         self._seen: dict[Key, Candidate] = {}
         self._idle = 0
 
@@ -57,17 +67,17 @@ class Trying:
                 break
             new.append(key)
         self._idle = 0 if new else self._idle + 1
-        self._judge([key for key in new if key not in self._journal.known])
+        self._judge([key for key in new if key not in self._memory.known])
         for key in new:
             units = self.space.units(key)
-            self._seen[key] = Candidate(units, self.space.cost_ms(units), self._journal.known[key])
+            self._seen[key] = Candidate(units, self.space.cost_ms(units), self._memory.known[key])
         self._progress(len(self._seen), self.evaluations)
         return [self._seen[key] for key in keys]
 
     def _judge(self, keys: Sequence[Key]) -> None:
         judged = self._judges([self.space.units(key) for key in keys])
         for done, (at, found) in enumerate(judged, len(self._seen) + 1):
-            self._journal.add(keys[at], found)
+            self._memory.add(keys[at], found)
             self._progress(min(done, self.evaluations), self.evaluations)
 
 

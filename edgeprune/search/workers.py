@@ -53,8 +53,13 @@ def _cluster(settings: SearchSection) -> Iterator[Any]:
 
     joined = ray.is_initialized()
     if not joined:
-        local: dict[str, Any] = {} if settings.ray else {"num_cpus": settings.workers, "include_dashboard": False}
-        ray.init(address=settings.ray or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+        address = settings.ray or "local"
+        local: dict[str, Any] = {}
+        if address == "local":  # its workers import what this process can
+            paths = os.pathsep.join(path for path in sys.path if path)
+            local = {"num_cpus": settings.workers, "include_dashboard": False}
+            local["runtime_env"] = {"env_vars": {"PYTHONPATH": paths}}
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     try:
         yield ray
     finally:
@@ -87,28 +92,27 @@ class _Pool:
                 running[worker.judge.remote(dict(units))] = (at, worker)
             (done, *_), _ = self.ray.wait(list(running))
             at, worker = running.pop(done)
-            found = self._result(done)
-            self.idle.append(worker if found is not None else self._worker())
-            if found is not None:
-                yield at, found
+            try:
+                found: Evaluation = self.ray.get(done)
+            except self.ray.exceptions.RayActorError as error:
+                deaths[at] += 1
+                if deaths[at] == RETRIES:
+                    raise WorkerError(_told(asked[at], str(error))) from error
+                self.idle.append(self._worker())
+                waiting.append((at, asked[at]))
                 continue
-            deaths[at] += 1
-            if deaths[at] == RETRIES:
-                raise WorkerError(
-                    f"the widths {dict(asked[at])} ended {RETRIES} workers; memory may be short: lower search.workers, "
-                    "then go on with --resume"
-                )
-            waiting.append((at, asked[at]))
+            except self.ray.exceptions.RayTaskError as error:
+                raise error.cause from error  # the user's own code
+            self.idle.append(worker)
+            yield at, found
 
-    def _result(self, done: Any) -> Evaluation | None:
-        """None when the worker has died; an error of the user's own code is raised as it was."""
-        try:
-            found: Evaluation = self.ray.get(done)
-        except self.ray.exceptions.RayActorError:
-            return None
-        except self.ray.exceptions.RayTaskError as error:
-            raise error.cause from error
-        return found
+
+def _told(units: Units, error: str) -> str:
+    last = error.strip().splitlines()[-1].strip()
+    return (
+        f"the widths {dict(units)} ended {RETRIES} workers, the last one with: {last}. Memory may be short: lower "
+        "search.workers, then go on with --resume"
+    )
 
 
 class _Worker:
