@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import budgets, metrics, pipeline, runs, search, store, target
-from .config import CompressSection, SearchSection
+from .asked import Asked
+from .config import CompressSection, MagnitudeSection, SearchSection, SoftSection
 from .errors import UsageError
 from .finetune import Images
 from .graph import Example
 from .metrics import Metric
-from .pipeline import Asked, Outcome
+from .pipeline import Outcome
 from .records import Budget
 from .runs import Run
 from .target import Target
@@ -39,6 +40,8 @@ def compress(
     measures: Mapping[str, Metric] | None = None,
     watch: Watch | None = None,
     search_settings: Mapping[str, Any] | None = None,
+    magnitude_settings: Mapping[str, Any] | None = None,
+    soft_settings: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Outcome:
     """Prune `model` to a latency measured on `target`, with your own training loop.
@@ -55,6 +58,7 @@ def compress(
         resume: go on in that folder.
         targets: [target.*] sections by name, as in edgeprune.toml.
         search_settings: the keys of [search], for strategies that try candidates.
+        magnitude_settings, soft_settings: the keys of [magnitude] and [soft], for the strategies of those names.
         search_images: labelled images for the floors' metrics while choices are made.
         final_images: labelled images nobody has looked at, for accuracy and the floors in the end.
         measures: metrics of your own by name, that `floors` may name: of (outputs, labels, inputs), arrays.
@@ -64,6 +68,8 @@ def compress(
     """
     section = CompressSection.model_validate(settings)
     searching = SearchSection.model_validate(search_settings or {})
+    weights = MagnitudeSection.model_validate(magnitude_settings or {})
+    shares = SoftSection.model_validate(soft_settings or {})
     known = {n: (measures or {}).get(n) or metrics.resolve(n, Path.cwd()) for n in section.floors}
     opened = target if not isinstance(target, str) else _open(target, targets or {})
     folder = Path(run) if run is not None else next_run(Path("runs"))
@@ -73,7 +79,7 @@ def compress(
             example,
             opened,
             Callables(train, evaluate, batches, search_images, final_images, known),
-            asked(section, one_budget(latency_ms, speedup, section.size_mb), searching),
+            asked(section, one_budget(latency_ms, speedup, section.size_mb), searching, weights, shares),
             Run(folder),
             store.Store(store.default_path()),
             watch,
@@ -93,8 +99,10 @@ def load(run: str | Path, model: nn.Module) -> nn.Module:
     return runs.load_model(Run(Path(run)), model)
 
 
-def asked(section: CompressSection, budget: Budget, searching: SearchSection) -> Asked:
-    """What the [compress] and [search] sections ask for, with one of the budgets."""
+def asked(
+    section: CompressSection, budget: Budget, searching: SearchSection, weights: MagnitudeSection, shares: SoftSection
+) -> Asked:
+    """What [compress] and the strategy's own section ask for, with one of the budgets."""
     return Asked(
         budget=budget,
         strategy=section.strategy,
@@ -108,6 +116,8 @@ def asked(section: CompressSection, budget: Budget, searching: SearchSection) ->
         back_off=section.back_off,
         seed=section.seed,
         search=searching if section.strategy in search.NAMES else None,
+        magnitude=weights if section.strategy == "magnitude" else None,
+        soft=shares if section.strategy == "soft" else None,
     )
 
 

@@ -103,3 +103,8 @@ def _budget(numbers: Sequence[float], is_latency: bool, size_mb: float | None) -
 def label(budget: Budget) -> str:
     """`8ms`, `2x`: also the name of a run's folder."""
     return f"{budget.latency_ms:g}ms" if budget.latency_ms is not None else f"{budget.speedup:g}x"
+
+
+def size_bytes(budget: Budget) -> float | None:
+    """Of the exported file, at most."""
+    return None if budget.size_mb is None else 1e6 * budget.size_mb

@@ -109,7 +109,7 @@ class CompressSection(Section):
         None, description="budget: dense latency divided by this; several, or one for each target"
     )
     size_mb: PositiveFloat | None = Field(None, description="budget: of the exported file, beside the latency")
-    strategy: Literal["knapsack", "uniform", "random", "rl", "genetic", "random-search"] = Field(
+    strategy: Literal["knapsack", "uniform", "random", "rl", "genetic", "random-search", "magnitude", "soft"] = Field(
         "knapsack", description="how widths are chosen"
     )
     importance: Literal["sp-lamp", "sp-lamp-log", "l1", "l2", "taylor", "random"] = Field(
@@ -150,6 +150,28 @@ class FinetuneSection(Section):
     temperature: PositiveFloat = 4.0
     precision: Literal["auto", "32-true", "bf16-mixed"] = Field("auto", description="auto: the faster one")
     bn_images: int = Field(1024, ge=0, description="training images for re-estimating batch norm after a cut")
+
+
+class MagnitudeSection(Section):
+    """[magnitude]: single weights are pruned and the rest retrained; what each group has left shapes its width."""
+
+    ratio: Annotated[float, Field(gt=1)] = Field(4.0, description="weights before over weights after")
+    rounds: PositiveInt = Field(1, description="of pruning and retraining, finetune.step_epochs each")
+    l1: float = Field(0.0, ge=0, description="weight of the absolute weights in the retraining's loss")
+    images: PositiveInt = Field(1000, description="of the search split, by which the sensitivity scan judges")
+
+
+class SoftSection(Section):
+    """[soft]: shares of the groups by gradient, to the latency that the table predicts, floors observed."""
+
+    components: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict, description="name -> module paths; the other outermost modules are one each"
+    )
+    isolate: bool = Field(False, description="groups that cross between components stay whole")
+    steps: PositiveInt = Field(300, description="of the gradient, a batch each")
+    rate: PositiveFloat = Field(0.1, description="of Adam, on the shares' logits")
+    tolerance: PositiveFloat = Field(0.02, description="of the latency, while the shares are soft")
+    images: PositiveInt = Field(1000, description="of the search split, by which cut networks are judged")
 
 
 class RLSection(Section):
@@ -203,6 +225,8 @@ class Config(Section):
     compress: CompressSection = Field(default_factory=CompressSection)  # type: ignore[arg-type]
     finetune: FinetuneSection = Field(default_factory=FinetuneSection)  # type: ignore[arg-type]
     search: SearchSection = Field(default_factory=SearchSection)  # type: ignore[arg-type]
+    magnitude: MagnitudeSection = Field(default_factory=MagnitudeSection)  # type: ignore[arg-type]
+    soft: SoftSection = Field(default_factory=SoftSection)  # type: ignore[arg-type]
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -13,16 +13,30 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from . import allocate, allocators, files, floors, importance, measure, planning, runs, search, surgery, verify, widths
-from .allocate import Allocator, Costs
-from .config import SearchSection
+from . import (
+    allocate,
+    budgets,
+    files,
+    floors,
+    importance,
+    measure,
+    planning,
+    runs,
+    shaping,
+    strategies,
+    surgery,
+    verify,
+    widths,
+)
+from .allocate import Costs
+from .asked import Asked
 from .finetune import load_state, read_tensors, save_tensors
 from .graph import Example, ModelGraph, trace
 from .importance import Importance
 from .planning import Aim, Bench, Chosen
-from .records import Budget, Keep, Plan, VerifyReport
+from .records import Budget, Keep, VerifyReport
 from .runs import Run
-from .search import Space, Subject
+from .search import Subject
 from .store import Store
 from .target import Target, calibrated
 from .task import Task
@@ -31,24 +45,6 @@ from .watch import Silent, Watch
 STEP = "edgeprune.step/1"
 FILLED = "edgeprune.filled/1"
 LAYERS = "edgeprune.layers/1"
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What to reach and how; see [compress] in the project file."""
-
-    budget: Budget
-    strategy: str
-    importance: str
-    steps: int
-    protected: tuple[str, ...]
-    min_width: float
-    drop_blocks: bool
-    accuracy_floor: float | None
-    floors: Mapping[str, float]
-    back_off: int
-    seed: int
-    search: SearchSection | None = None  # of strategies that try candidates
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,13 +120,14 @@ def compress(
         ]
         first: Chosen | None = None
         if not run.has("step-1/plan.json"):  # the contract is checked before any training
-            forecast = search.forecast(asked.strategy, asked.seed)
-            first = planning.meet(_at_most(aims, keep), scores, forecast, watch, size_bytes(asked.budget))
+            first = planning.meet(
+                _at_most(aims, keep), scores, strategies.forecast(asked), watch, budgets.size_bytes(asked.budget)
+            )
             watch.say(f"a plan of {first.measured_ms:.4g} ms holds on the device")
         begun = student, keep
         schedule = _budgets(aims, keep, asked.steps)
         for step in range(1, asked.steps + 1):
-            ready = first if asked.steps == 1 and asked.strategy not in search.NAMES else None
+            ready = first if asked.steps == 1 and asked.strategy not in strategies.LOOKING else None
             student, keep = prune_step(
                 step, student, keep, model, graph, aims, schedule[step - 1 :], ready, task, asked, run, watch
             )
@@ -183,10 +180,6 @@ def aim_at(
 def calibration(task: Task, targets: Sequence[Target]) -> list[NDArray[Any]]:
     """Some training images, where one of the targets needs them."""
     return task.calibration() if any(map(calibrated, targets)) else []
-
-
-def size_bytes(budget: Budget) -> float | None:
-    return None if budget.size_mb is None else 1e6 * budget.size_mb
 
 
 def _budgets(aims: Sequence[Aim], keep: Keep, steps: int) -> list[tuple[float, ...]]:
@@ -243,6 +236,8 @@ def latency_costs(graph: ModelGraph, target: Target, asked: Asked, store: Store,
     """Measure what the store does not know about this network's layers on this device."""
     blocks = graph.blocks if asked.drop_blocks else ()
     candidates = widths.candidates(graph.groups, asked.min_width, asked.protected, blocks)
+    if asked.soft is not None:
+        candidates |= {g: candidates[g][-1:] for g in shaping.isolated(graph, asked.soft)}
     layers = measure.timed(graph.layers, target)
     with watch.stage("measure layers") as progress:
         table, filled = measure.fill(layers, candidates, target, store, progress)
@@ -275,8 +270,8 @@ def prune_step(
         scores = current_scores(student, graph, keep, task, asked)
         left = _at_most(aims, keep)
         subject = Subject(dense, graph, student, keep, scores, task, Run(folder), asked.protected)
-        allocator = _allocator(subject, left, schedule, asked, watch)
-        chosen = _choose(left, scores, allocator, asked, schedule[0], last, watch)
+        allocator, scores = strategies.allocator(subject, left, schedule, asked, watch)
+        chosen = strategies.choose(left, scores, allocator, asked, schedule[0], last, watch)
     cut = surgery.cut(dense, graph, chosen.keep)
     if (folder / "weights.safetensors").exists():
         load_state(cut, read_tensors(folder / "weights.safetensors"), folder)
@@ -319,10 +314,10 @@ def hold_floors(
             floors.write(run, tries)
             return student, keep
         aims = [replace(aim, wanted_ms=floors.relaxed(aim.wanted_ms, aim.bench.reference_ms)) for aim in aims]
-        budgets = tuple(aim.wanted_ms for aim in aims)
-        watch.say(f"back to a budget of {budgets[0]:.4g} ms")
+        wanted = tuple(aim.wanted_ms for aim in aims)
+        watch.say(f"back to a budget of {wanted[0]:.4g} ms")
         student, keep = prune_step(
-            step + 1, begun, begun_keep, dense, graph, aims, [budgets], None, task, asked, run, watch
+            step + 1, begun, begun_keep, dense, graph, aims, [wanted], None, task, asked, run, watch
         )
 
 
@@ -352,35 +347,6 @@ def _at_most(aims: Sequence[Aim], keep: Keep) -> list[Aim]:
 
 def _units(aim: Aim, keep: Keep) -> dict[str, int]:
     return {g: len(keep[g]) if g in keep else n for g, n in aim.costs.dense.items()}
-
-
-def _allocator(
-    subject: Subject, aims: Sequence[Aim], schedule: Sequence[tuple[float, ...]], asked: Asked, watch: Watch
-) -> Allocator:
-    """How a step's widths are chosen; a search is over before they are carried to what is measured."""
-    if asked.search is None or asked.strategy not in search.NAMES:
-        return allocators.named(asked.strategy, asked.seed)
-    costs = aims[0].costs
-    limits = planning.further_limits(aims, schedule[0], size_bytes(asked.budget) if len(schedule) == 1 else None)
-    space = Space(costs, subject.scores, tuple(each[0] for each in schedule), tuple(limits))
-    found = search.find(subject, space, asked.strategy, asked.search, asked.steps, asked.seed, watch)
-    return allocators.to_shares(allocators.shares_of(costs, found.units))
-
-
-def _choose(
-    aims: Sequence[Aim],
-    scores: Importance,
-    allocator: Allocator,
-    asked: Asked,
-    budgets: Sequence[float],
-    last: bool,
-    watch: Watch,
-) -> Chosen:
-    """Earlier steps trust the prediction; the last one is measured until it holds."""
-    if last:
-        return planning.meet(aims, scores, allocator, watch, size_bytes(asked.budget))
-    plan: Plan = planning.within_reach(aims, scores, allocator, budgets)
-    return Chosen(plan, importance.best(scores, plan.widths), float("nan"), (), "")
 
 
 def verify_run(

@@ -59,8 +59,9 @@ class Project:
     def _outputs(self) -> int:
         import torch
 
+        model, example = self.model, self.example  # made here: what inference mode makes can never be differentiated
         with torch.inference_mode():
-            out = self.model(self.example)
+            out = model(example)
         if not isinstance(out, torch.Tensor) or out.dim() != 2:
             raise ConfigError(
                 f"{self.config.model.source} returns no (batch, classes) scores: only classifiers are trained here. "

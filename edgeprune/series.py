@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from . import allocate, budgets, importance, pipeline, planning, search
+from . import allocate, budgets, importance, pipeline, planning, strategies
 from .allocate import Allocator, Costs
+from .asked import Asked
 from .errors import RunError
 from .graph import Example, trace
 from .importance import Importance
-from .pipeline import Asked, Outcome
+from .pipeline import Outcome
 from .planning import Bench
 from .runs import Run
 from .store import Store
@@ -123,7 +124,7 @@ def _planned(
     bench = Bench(model, graph, target, run.folder, pipeline.calibration(task, [target]))
     start, costs = planning.preflight(bench, costs, scores, run, watch, first.seed)
     wanted = [planning.check_budget(one.budget, start) for one in asked]
-    found = curve(costs, scores, search.forecast(first.strategy, first.seed), wanted)
+    found = curve(costs, scores, strategies.forecast(first), wanted)
     run.write("curve.json", CURVE, {"dense_ms": start.dense_ms, "floor_ms": start.floor.measured_ms, "points": found})
     for point in found:
         watch.say(f"{point.budget_ms:.4g} ms keeps {point.kept:.2%} of the score ({point.alone:.2%} by itself)")

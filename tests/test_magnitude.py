@@ -301,7 +301,7 @@ def test_a_channel_of_a_residual_stream_is_dead_only_when_all_its_makers_are() -
     with torch.no_grad():
         model.a.weight[[2, 3]] = 0
         model.b.weight[3] = 0
-    assert [i for i, fed in enumerate(dead.dead(model, trace(model, x))["a"][0]) if fed] == [3]
+    assert [i for i, fed in enumerate(dead.dead(model, trace(model, x).groups)["a"][0]) if fed] == [3]
     found = magnitude.remove_dead(model, x)
     assert found.removed == {"a": 1}
     same(model, found.model, x)

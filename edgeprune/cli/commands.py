@@ -155,7 +155,7 @@ def compress(
     size_mb: Annotated[float | None, typer.Option(help="budget: of the exported file, beside the latency")] = None,
     target: TargetName = None,
     strategy: Annotated[
-        str | None, typer.Option(help="knapsack, uniform, random, rl, genetic or random-search")
+        str | None, typer.Option(help="knapsack, uniform, random, rl, genetic, random-search, magnitude or soft")
     ] = None,
     importance: Annotated[str | None, typer.Option(help="sp-lamp, sp-lamp-log, l1, l2, taylor or random")] = None,
     steps: Annotated[int | None, typer.Option(help="of the budget schedule")] = None,

@@ -17,7 +17,8 @@ from .progress import Bars
 
 def run(opened: Project, request: Request, folder: Run, resume: bool, as_json: bool, quiet: bool) -> None:
     """Run it, write the pages and print the verdicts; raises MissedError when a network did not pass."""
-    asked = [api.asked(opened.config.compress, level[0], opened.config.search) for level in request.levels]
+    sections = opened.config.search, opened.config.magnitude, opened.config.soft
+    asked = [api.asked(opened.config.compress, level[0], *sections) for level in request.levels]
     entries, watch = store.Store(store.default_path()), Bars(quiet)
     with ExitStack() as stack:
         with watch.stage("load the network and its images"):

@@ -38,11 +38,11 @@ class Removal:
     passes: int
 
 
-def dead(model: nn.Module, graph: ModelGraph) -> dict[str, tuple[Bools, Bools]]:
+def dead(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, tuple[Bools, Bools]]:
     """Units of each exact group (without inputs, without outputs), by weights that are exactly 0, (width,) each."""
     state = {n: p.detach() for n, p in model.named_parameters()}
     found = {}
-    for group in graph.groups:
+    for group in groups:
         if group.inexact:
             continue  # under a mean over channels every channel counts
         makers = [m for m in group.members if m.role == "out" and m.tensor in state and state[m.tensor].dim() > 1]
@@ -87,7 +87,7 @@ def _all_zero(members: Sequence[Member], state: Mapping[str, Tensor], width: int
 
 def _folded(model: nn.Module, graph: ModelGraph) -> tuple[nn.Module, Keep, dict[str, int]]:
     """A copy with the constants in the readers' biases, what is left without the dead units, and units that stay."""
-    states = {g: s for g, s in dead(model, graph).items() if s[0].any() or s[1].any()}
+    states = {g: s for g, s in dead(model, graph.groups).items() if s[0].any() or s[1].any()}
     if not states:
         return model, {}, {}
     readers = {m.tensor for g in states for m in graph.group(g).members if m.role == "in"}

@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 
-from .. import allocate, allocators
-from ..allocate import Allocator
 from ..config import SearchSection
 from ..runs import Run
 from ..watch import Watch
@@ -22,15 +20,10 @@ from .space import Space
 from .subject import Subject
 from .trying import Candidate, Trying
 
-__all__ = ["NAMES", "Candidate", "Space", "Subject", "Trying", "find", "forecast"]
+__all__ = ["NAMES", "Candidate", "Space", "Subject", "Trying", "find"]
 
 NAMES = ("rl", "genetic", "random-search")
 JOURNAL = "search.jsonl"
-
-
-def forecast(strategy: str, seed: int) -> Allocator:
-    """What stands for a strategy where nothing can be tried yet: a search's plans are taken to be the exact ones."""
-    return allocate.solve if strategy in NAMES else allocators.named(strategy, seed)
 
 
 def find(

@@ -30,7 +30,19 @@ from . import amounts, components
 from .amounts import Goal
 from .gates import Gates
 
-__all__ = ["Found", "Gates", "Goal", "Settings", "amounts", "components", "harden", "optimise", "start", "surrogate"]
+__all__ = [
+    "Found",
+    "Gates",
+    "Goal",
+    "Settings",
+    "amounts",
+    "components",
+    "harden",
+    "optimise",
+    "start",
+    "surrogate",
+    "task_loss",
+]
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (outputs, labels)
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -216,7 +228,7 @@ def harden(
     return units
 
 
-def classification(outputs: Tensor, labels: Tensor) -> Tensor:
+def task_loss(outputs: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy for class numbers, squared error for anything else."""
     if labels.dtype == torch.int64 and labels.dim() == 1:
         return functional.cross_entropy(outputs, labels)

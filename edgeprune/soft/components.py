@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
 from ..errors import UsageError
-from ..records import ChannelGroup
+from ..graph import ModelGraph
 
 Components = Mapping[str, Sequence[str]]  # name -> module paths
 
@@ -25,41 +23,43 @@ class Place:
         return len(self.components) > 1
 
 
-def of(model: nn.Module, named: Components | None = None) -> dict[str, tuple[str, ...]]:
-    """The components of a network: those that are named, then every top-level module that is in none of them.
+def of(graph: ModelGraph, named: Components | None = None) -> dict[str, tuple[str, ...]]:
+    """The components of a network: those that are named, then every outermost module that none of them names.
 
     Args:
-        model: the network.
-        named: component -> module paths that belong to it.
+        graph: of the network.
+        named: component -> module paths that belong to it; the longest path that fits decides.
     Raises:
-        UsageError: a path that is no module, or that is in two components.
+        UsageError: a path without parameters under it, or one that is in two components.
     """
-    found = {name: tuple(paths) for name, paths in (named or {}).items()}
-    modules = dict(model.named_modules())
+    tensors = [axis.name for axis in graph.trace.axes]
+    outermost = list(dict.fromkeys(name.partition(".")[0] for name in tensors))
+    found: dict[str, tuple[str, ...]] = {}
     owner: dict[str, str] = {}
-    for name, paths in found.items():
+    for name, paths in (named or {}).items():
         for path in paths:
-            if path not in modules or not path:
-                known = ", ".join(n for n, _ in model.named_children())
+            if not any(t.startswith(f"{path}.") for t in tensors):
+                known = ", ".join(outermost)
                 raise UsageError(
-                    f"soft.components: {name} names {path!r}, which is no module; the outermost are {known}"
+                    f"soft.components: {name} names {path!r}, where no module has parameters; the outermost are {known}"
                 )
             if path in owner:
                 raise UsageError(
                     f"soft.components: {path!r} is in {owner[path]} and in {name}; leave it in one of them"
                 )
             owner[path] = name
-    for child, _ in model.named_children():
-        if not any(path == child or path.startswith(f"{child}.") for path in owner):
-            found.setdefault(child, (child,))
+        found[name] = tuple(paths)
+    for child in outermost:
+        if child not in owner and child not in found:
+            found[child] = (child,)
     return found
 
 
-def places(groups: Sequence[ChannelGroup], components: Components) -> dict[str, Place]:
-    """For each group the components that its tensors lie in; a tensor of none counts as one named after it."""
+def places(graph: ModelGraph, components: Components) -> dict[str, Place]:
+    """For each group the components that its tensors lie in."""
     order = {name: at for at, name in enumerate(components)}
     found = {}
-    for group in groups:
+    for group in graph.groups:
         names = {_owner(member.tensor, components) for member in group.members}
         found[group.id] = Place(tuple(sorted(names, key=lambda n: (order.get(n, len(order)), n))))
     return found

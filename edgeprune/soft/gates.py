@@ -1,7 +1,9 @@
 """A network whose channels fade out: each group loses its least important channels to a real-numbered share.
 
-Channel i of n, ranked by importance from the least, is multiplied by sigmoid((rank_i - share) / temperature), with
-rank_i = (i + 1/2) / n. At a low temperature, and a share of k / n, that is the network without its k least channels.
+Whatever makes, scales or reads channel i of n, ranked by importance from the least, is multiplied by
+sigmoid((rank_i - share) / temperature), with rank_i = (i + 1/2) / n. At a low temperature, and a share of k / n, that
+is the network without its k least channels. (Not quite where a shortcut pads channels: what it brings into a channel
+that is gone passes on to the next such shortcut.)
 """
 
 from __future__ import annotations
@@ -58,6 +60,5 @@ def _ranks(scores: np.ndarray) -> np.ndarray:
 
 
 def _gated(group: ChannelGroup, parameters: Mapping[str, Tensor]) -> list[Member]:
-    """Where a channel is multiplied: in all that read it; where nothing reads it by weights, in all that make it."""
-    readers = [m for m in group.members if m.role == "in" and m.tensor in parameters]
-    return readers or [m for m in group.members if m.tensor in parameters]
+    """Where a channel is multiplied: in all that make, scale and read it, so that no way around a gate is left open."""
+    return [m for m in group.members if m.tensor in parameters]
