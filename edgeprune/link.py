@@ -6,6 +6,7 @@ import contextlib
 import os
 import queue
 import select
+import signal
 import subprocess
 import threading
 import time
@@ -130,8 +131,15 @@ class Process:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._join()
+        if any(reader.is_alive() for reader in self._readers):  # a process that it left behind holds its output
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._join()
         for stream in (self._process.stdout, self._process.stderr):
             if stream is not None:
-                for reader in self._readers:
-                    reader.join(timeout=2)
                 stream.close()
+
+    def _join(self) -> None:
+        for reader in self._readers:
+            reader.join(timeout=2)

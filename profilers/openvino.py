@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import openvino as ov
-import openvino.opset13 as ops
 
-from . import machine, timing
+# else every import is reported to its maker, by a forked process that keeps this one's pipes open
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+import openvino as ov  # noqa: E402
+import openvino.opset13 as ops  # noqa: E402
+
+from . import machine, timing  # noqa: E402
 
 METHOD = "2"  # of timing layers: entries of one method do not mix with another's
 TYPES = {"f32": np.float32, "bf16": np.float32, "f16": np.float32}  # inputs and weights; the runtime converts inside

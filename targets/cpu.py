@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -83,6 +84,7 @@ class Cpu:
 
     def export(self, module: Any, example: Example, folder: Path, calibration: Sequence[NDArray[Any]] = ()) -> Artifact:
         """model.onnx, and the same network as OpenVINO IR: model.xml with model.bin."""
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # see profilers/openvino.py
         try:
             import openvino
         except ImportError as error:
