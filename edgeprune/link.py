@@ -130,8 +130,7 @@ class Process:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        for stream in (self._process.stdout, self._process.stderr):
-            if stream is not None:
-                for reader in self._readers:
-                    reader.join(timeout=2)
+        for stream, reader in zip((self._process.stdout, self._process.stderr), self._readers, strict=True):
+            reader.join(timeout=2)
+            if stream is not None and not reader.is_alive():  # a stray child of the program may hold the other end
                 stream.close()
