@@ -136,8 +136,8 @@ class Process:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._join()
-        for stream in (self._process.stdout, self._process.stderr):
-            if stream is not None:
+        for stream, reader in zip((self._process.stdout, self._process.stderr), self._readers, strict=True):
+            if stream is not None and not reader.is_alive():
                 stream.close()
 
     def _join(self) -> None:

@@ -19,19 +19,22 @@ import json
 import os
 import queue
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 PROTOCOL = 1
 
 
 def main(argv: list[str]) -> int:
     """Serve the runtime named by the first argument until standard input ends; the second names the session."""
-    replies = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    # standard input too is left empty: runtimes fork, and a child closes the one that a thread here waits for
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)  # so that its children are known by their group
 
     def send(message: dict[str, Any]) -> None:
         replies.write(json.dumps(message) + "\n")
@@ -48,25 +51,27 @@ def main(argv: list[str]) -> int:
     if len(argv) > 2 and not finishes:
         end_others(argv[2])
     send({"ready": PROTOCOL})
-    for line in lines(finishes):
+    for line in lines(requests, finishes):
         if line.strip():
             answer(line, calls, send)
     return 0
 
 
-def lines(finish: bool) -> Iterator[str]:
-    """Requests; the process ends with its input, but a program that finishes what it does ends after that."""
-    waiting: queue.Queue[str | None] = queue.Queue()
+def lines(requests: BinaryIO, finish: bool) -> Iterator[bytes]:
+    """Requests. When they end in the middle of a call, so do the process and its children, unless it is to finish."""
+    waiting: queue.Queue[bytes | None] = queue.Queue()
 
     def read() -> None:
-        for line in sys.stdin:
+        for line in requests:
             waiting.put(line)
-        if not finish:
-            os._exit(0)
+        if waiting.unfinished_tasks and not finish:
+            os.killpg(os.getpgrp(), signal.SIGKILL)
         waiting.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    return iter(waiting.get, None)
+    for line in iter(waiting.get, None):
+        yield line
+        waiting.task_done()
 
 
 def end_others(session: str) -> None:
@@ -81,7 +86,7 @@ def end_others(session: str) -> None:
             continue  # it has ended, or it is another user's
 
 
-def answer(line: str, calls: dict[str, Callable[..., Any]], send: Callable[[dict[str, Any]], None]) -> None:
+def answer(line: bytes, calls: dict[str, Callable[..., Any]], send: Callable[[dict[str, Any]], None]) -> None:
     """Run one request and send its events and its result; an exception becomes an error reply."""
     request = json.loads(line)
     number = request["id"]

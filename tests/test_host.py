@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sshd import Server, free_port
+from sshd import PATH, Server, free_port
 
 from edgeprune.errors import AgentError, LinkError, RuntimeMissing, TargetError
 from edgeprune.host import Here, Ssh
@@ -159,6 +159,29 @@ def test_what_a_broken_link_left_running_is_ended(board: Ssh) -> None:
         assert agent.call("state", 30)["load"] >= 0
         with pytest.raises(AgentError, match="exit status 137"):
             left.call("state", 30)
+
+
+# ---- the state of a board ------------------------------------------------------------------------------------
+
+
+def test_a_raspberry_pi_says_what_slows_it_down(tmp_path: Path) -> None:
+    tool = emptied(tmp_path / "tools") / "vcgencmd"
+    tool.write_text("#!/bin/sh\necho throttled=0x50005\n")
+    tool.chmod(0o755)
+    pi = Server(emptied(tmp_path / "sshd"), path=f"{tool.parent}:{PATH}")
+    host = Ssh("board", pi.config, str(tmp_path / "cache"))
+    try:
+        with host.start("openvino") as agent:
+            hot = agent.call("state", 30)
+            tool.write_text("#!/bin/sh\necho throttled=0x50000\n")  # it was, since it was switched on
+            cool = agent.call("state", 30)
+    finally:
+        host.close()
+        pi.stop()
+    assert (hot["throttled"], cool["throttled"]) == (True, False)
+    assert {"throttled: too low a voltage", "throttled: slowed down"} <= set(hot["notes"])
+    assert not [note for note in cool["notes"] if "throttled" in note]
+    assert hot["memory_mb"] > 0
 
 
 # ---- what is said --------------------------------------------------------------------------------------------
