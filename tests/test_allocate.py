@@ -140,6 +140,19 @@ def test_two_devices_with_different_staircases_are_satisfied_at_once(strategy: s
         assert plan.value == pytest.approx(best, rel=1e-3)
 
 
+def test_the_best_units_of_every_group_stay_in_the_smallest_network() -> None:
+    """SP-LAMP pins a layer's largest filter; where widths come in buckets, that is its best bucket."""
+    _, costs, scores = made_up(Residual(), choices=8)
+    smallest = allocate.floor(costs)
+    keep = importance.best(scores, smallest.widths)
+    for g, widths_ in costs.candidates.items():
+        assert smallest.widths[g] == widths_[0] > 0
+        bucket = set(np.argsort(-scores[g])[: widths_[0]].tolist())
+        assert int(scores[g].argmax()) in bucket == set(keep[g])
+    with pytest.raises(UnreachableBudget):
+        allocate.solve(costs, scores, 0.01 * costs.predict_ms(costs.dense))
+
+
 def test_a_predicted_size_is_that_of_the_cut_networks_weights() -> None:
     net = Residual()
     graph, costs, scores = made_up(net, choices=4)

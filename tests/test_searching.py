@@ -162,7 +162,7 @@ def test_compress_with_rl_is_killed_and_ends_as_if_it_had_not_been(tmp_path: Pat
     arguments = ("compress", "--strategy", "rl", "--set", "search.evaluations=14", *SHORT)
     process = small.command(*arguments, cwd=tmp_path)
     journal = tmp_path / "runs/001/step-1" / search.JOURNAL
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not journal.exists() or len(journal.read_bytes().splitlines()) < 5:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
