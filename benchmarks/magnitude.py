@@ -12,6 +12,7 @@ tenth of its learning rate:
     dense        the reference, and with the extra training that every other arm gets
     once-12      12x in one round; also its error before retraining
     random-12    as many weights of each layer as once-12, drawn at random
+    rounds-12    12x in 5 rounds
     l1-12        12x in one round, absolute weights instead of squares in the loss
     once-20      20x in one round
     rounds-20    20x in 5 rounds
@@ -39,7 +40,7 @@ from edgeprune.magnitude import masks, sparse
 
 HERE = Path(__file__).resolve().parent / "mnist"
 RESULT = "magnitude"
-ARMS = ("dense", "once-12", "random-12", "l1-12", "once-20", "rounds-20")
+ARMS = ("dense", "once-12", "random-12", "rounds-12", "once-20", "rounds-20", "l1-12")
 BATCH, DECAY, L1, ROUNDS = 100, 5e-4, 2e-5, 5
 Result = dict[str, Any]
 
@@ -252,7 +253,7 @@ def main() -> None:
     results: dict[str, Result] = (record.load(RESULT) or {}).get("results", {})
     if not asked.table:
         torch.set_num_threads(1)
-        todo = [(n, s, a) for n in asked.net or NETS for s in range(asked.seeds) for a in ARMS]
+        todo = [(n, s, a) for n in asked.net or NETS for a in ARMS for s in range(asked.seeds)]
         todo = [t for t in todo if "/".join(map(str, t)) not in results][: asked.most]
         cases: dict[tuple[str, int], Case] = {}
         for net, seed, arm in todo:

@@ -81,7 +81,7 @@ def by_magnitude(subject: Subject, settings: MagnitudeSection, watch: Watch) -> 
             settings.l1, progress,
         )  # fmt: skip
     groups = surgery.narrow_groups(subject.graph, subject.keep)
-    left = connections(pruned.model, subject.graph, groups, pruned.masks)
+    left = connections(pruned.model, groups, pruned.masks)
     shape = Shape(_of_dense(subject, {g: float(units.mean()) for g, units in left.items()}), _tied(subject, left))
     gone = {g: int((units == 0).sum()) for g, units in left.items()}
     watch.say(f"{sum(gone.values())} dead of {sum(map(len, left.values()))} neurons at {settings.ratio:g}x")
@@ -91,14 +91,11 @@ def by_magnitude(subject: Subject, settings: MagnitudeSection, watch: Watch) -> 
     return shape
 
 
-def connections(
-    model: nn.Module, graph: ModelGraph, groups: Sequence[ChannelGroup], masks: Masks
-) -> dict[str, np.ndarray]:
+def connections(model: nn.Module, groups: Sequence[ChannelGroup], masks: Masks) -> dict[str, np.ndarray]:
     """The share of its weights that each unit has left, (width,) for each group; 0 where inputs or outputs are gone.
 
     Args:
         model: the network with zeros in it, whose groups these are.
-        graph: of the dense network.
         groups: of `model`.
         masks: what is left of its weights; a group without such weights counts as whole.
     """

@@ -140,7 +140,7 @@ def check(
     checks, values = [], []
     for at, (network, timing) in enumerate(((dense, dense_time), (pruned, pruned_time))):
         step = _shifted(progress, at * (steps // 2), steps)
-        accuracy, found = _judged(network, target, final, wanted, step) if final is not None else (None, {})
+        accuracy, found = judged(network, target, final, wanted, step) if final is not None else (None, {})
         values.append(found)
         checks.append(
             NetworkCheck(
@@ -206,7 +206,7 @@ def wilson(correct: int, total: int) -> Accuracy:
     return Accuracy(correct, total, p, max(0.0, centre - half), min(1.0, centre + half))
 
 
-def _judged(
+def judged(
     network: Network, target: Target, images: Images, wanted: Mapping[str, Metric], progress: Progress | None
 ) -> tuple[Accuracy | None, dict[str, float]]:
     """Accuracy, of a classifier, and the metrics, from one pass over the images on the target."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +21,8 @@ from edgeprune import metrics, project, report, runs, verify
 from edgeprune.errors import ConfigError
 from edgeprune.records import Floor, VerifyReport
 from edgeprune.runs import Run
+from edgeprune.target import open_target
+from edgeprune.task import Callables
 
 draw = np.random.default_rng(0)
 SCORES, LABELS = draw.normal(size=(200, 5)), draw.integers(0, 5, 200)
@@ -99,14 +102,12 @@ def test_only_a_floor_that_was_measured_and_holds_passes(pruned: float | None, h
 # ---- runs ----------------------------------------------------------------------------------------------------
 
 FLOORS = (
-    small.TOML.replace("steps = 2", "steps = 1\nback_off = 1\nimportance = 'random'")
-    .replace(
-        "epochs = 2\n",
-        "epochs = 1\nlearning_rate = 0.002\n",
-    )
+    small.TOML.replace("steps = 2", 'steps = 1\nback_off = 1\nstrategy = "soft"')
+    .replace("epochs = 2\n", "epochs = 1\nlearning_rate = 0.002\n")
     .replace(
         "[finetune]",
-        '[compress.floors]\nrecall_of_class_3 = 0.01\n"mine.py:share_of_eights" = 0.5\n\n[finetune]',
+        '[compress.floors]\nrecall_of_class_3 = 0.01\n"mine.py:share_of_eights" = 0.5\n\n'
+        "[soft]\nsteps = 20\nimages = 100\n\n[finetune]",
     )
 )
 MINE = "def share_of_eights(outputs, labels, inputs):\n    return (outputs.argmax(1) == 8).mean()\n"
@@ -193,19 +194,19 @@ class Noise:
         yield from ((x, x) for x in self.x.split(size))
 
 
-def test_people_with_their_own_loop_set_floors_for_networks_that_give_back_their_input(tmp_path: Path) -> None:
+def test_networks_that_give_back_their_input_are_judged_by_their_outputs_here_and_on_the_target(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model, search, final = Coder(), Noise(32), Noise(48)
-    outcome = edgeprune.compress(
-        model, torch.rand(1, 1, 24, 24), speedup=1.2, run=tmp_path / "run", steps=1, min_width=0.4,
-        search_images=search, final_images=final, floors={"psnr": 1.0, "nearness": -5.0},
-        measures={"nearness": lambda outputs, labels, inputs: -float(np.abs(outputs - labels).mean())},
-    )  # fmt: skip
-    assert outcome.report.pruned.accuracy is None
+    model, images = Coder().eval(), Noise(48)
+    wanted = {"psnr": metrics.psnr, "nearness": lambda outputs, labels, inputs: -float(np.abs(outputs - labels).mean())}
     with torch.inference_mode():
-        made = outcome.model(final.x).numpy()
-    expected = metrics.psnr(made, final.x.numpy(), final.x.numpy())
-    by_name = {floor.name: floor for floor in outcome.report.floors}
-    assert by_name["psnr"].pruned == pytest.approx(expected, abs=1e-3)
-    assert by_name["nearness"].pruned == pytest.approx(-float(np.abs(made - final.x.numpy()).mean()), abs=1e-4)
-    assert {c.name: c.passed for c in verify.verdict(outcome.report)}["psnr"] is (expected >= 1.0)
+        made = model(images.x).numpy()
+    error = float(np.square(made.astype(float) - images.x.numpy()).mean())
+    peak = float(images.x.max() - images.x.min())
+    expected = {"psnr": 10 * np.log10(peak**2 / error), "nearness": -float(np.abs(made - images.x.numpy()).mean())}
+    task = Callables(search=images, final=images, metrics=wanted)
+    assert task.measure(model) == pytest.approx(expected, abs=1e-4)
+    with contextlib.closing(open_target("cpu", {})) as target:
+        artifact = target.export(model, images.x[:1], tmp_path)
+        accuracy, found = verify.judged(verify.Network(model, artifact, 1, 1), target, images, wanted, None)
+    assert accuracy is None
+    assert found == pytest.approx(expected, abs=1e-4)

@@ -136,18 +136,27 @@ def test_the_scan_prunes_one_layer_at_a_time_and_leaves_the_network_as_it_was() 
 
 def test_the_most_sensitive_layer_gets_the_smallest_threshold_and_the_total_is_met() -> None:
     torch.manual_seed(0)
-    model = mlp(8, 64, 64, 4)
+    model = mlp(64, 64, 64, 64)
     qualities = (0.0, 1.0, 2.0)
-    scores = {"0.weight": (0.9, 0.5, 0.1), "2.weight": (0.9, 0.85, 0.7), "4.weight": (0.9, 0.8, 0.5)}
-    found = {n: magnitude.Sensitivity(qualities, (1.0, 0.5, 0.1), s) for n, s in scores.items()}
+    scores = {"0.weight": (0.9, 0.5, -0.5), "2.weight": (0.9, 0.85, 0.7), "4.weight": (0.9, 0.8, 0.4)}
+    found = {n: magnitude.Sensitivity(qualities, (1.0, 0.4, 0.1), s) for n, s in scores.items()}
     full = masks.full(model)
     total = masks.kept(full)[1]
     chosen = magnitude.choose(model, full, found, total / 2)
-    assert chosen["0.weight"] < chosen["4.weight"] < chosen["2.weight"]
-    left = masks.kept(masks.tighten(model, full, chosen))[0]
-    assert 0.97 * total / 2 <= left <= total / 2
-    far = masks.kept(masks.tighten(model, full, magnitude.choose(model, full, found, total / 50)))[0]
-    assert 0.8 * total / 50 <= far <= total / 50  # beyond what the scan tried
+    assert chosen["0.weight"] < chosen["4.weight"] <= chosen["2.weight"]
+    for ratio in (2, 50):  # 50 is beyond what the scan tried
+        left = masks.kept(masks.tighten(model, full, magnitude.choose(model, full, found, total / ratio)))[0]
+        assert 0.95 * total / ratio <= left <= total / ratio
+
+
+def test_a_layer_that_has_few_weights_to_give_is_left_alone() -> None:
+    torch.manual_seed(0)
+    model = mlp(64, 200, 4)
+    scores = (0.9, 0.8, 0.5)  # of both layers
+    found = {n: magnitude.Sensitivity((0.0, 1.0, 2.0), (1.0, 0.4, 0.1), scores) for n in masks.full(model)}
+    chosen = magnitude.choose(model, masks.full(model), found, masks.kept(masks.full(model))[1] / 3)
+    assert chosen["2.weight"] == 0.0
+    assert chosen["0.weight"] > 1.0
 
 
 @pytest.mark.parametrize(("ratio", "rounds"), [(1.0, 1), (4.0, 0), (1000.0, 1)])

@@ -5,7 +5,7 @@
     magnitude.sparse.save(smaller.model, path)                  # the rest as relative indices and values
 
 How hard each layer is pruned comes from a sensitivity scan: every layer is pruned alone, at several thresholds, and
-judged. All layers then give up the same quality, as much of it as makes the network as small as asked.
+judged. Of all thresholds that make the network as small as asked, those are taken that lose least by these figures.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from ..errors import UsageError
@@ -29,6 +30,9 @@ __all__ = ["Masks", "Pruned", "Removal", "Round", "Sensitivity", "choose", "prun
 
 QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0)  # thresholds that the scan tries
 SETTLE = 40  # halvings until the network is as small as asked
+DEAREST = 1e6  # price of a weight, in what `evaluate` is in
+FINE = 301  # thresholds between those of the scan
+Floats = NDArray[np.float64]
 Evaluate = Callable[[nn.Module], float]  # larger is better
 Retrain = Callable[[nn.Module, int], object]  # (network, round from 1), in place
 
@@ -144,40 +148,43 @@ def scan(
 
 
 def choose(model: nn.Module, masks: Masks, found: Mapping[str, Sensitivity], left: float) -> dict[str, float]:
-    """Thresholds that cost each layer, pruned alone, the same; the total is as close to `left` weights as they allow.
+    """The thresholds that lose least, all layers' losses added up, with `left` weights in total.
 
-    So the layer that is most sensitive gets the smallest threshold.
+    At the same price of a weight in every layer, each takes the threshold at which what it loses, pruned alone, and the
+    price of its weights are least: a layer that is sensitive, or that has few weights to give, is pruned little.
 
     Args:
         model, masks: the network, and what is left of it.
         found: see `scan`.
-        left: weights that should stay, at most (if any threshold leaves so few).
+        left: weights that should stay, at most.
     """
+    curves = {name: _curve(one, int(masks[name].sum())) for name, one in found.items()}
 
-    def at(loss: float) -> dict[str, float]:
-        return {name: _largest(one, loss) for name, one in found.items()}
+    def at(price: float) -> dict[str, float]:
+        return {name: float(q[np.argmin(lost + price * weights)]) for name, (q, weights, lost) in curves.items()}
 
     def size(qualities: Qualities) -> int:
         return masking.kept(masking.tighten(model, masks, qualities))[0]
 
-    low, high = 0.0, max(one.scores[0] - min(one.scores) for one in found.values())
-    if size(at(high)) > left:  # the scan ends before that: go beyond it, all layers by the same factor
-        return _beyond(at(high), size, left)
+    low, high = 0.0, 1.0
+    while size(at(high)) > left and high < DEAREST:
+        high *= 4
     for _ in range(SETTLE):
         middle = (low + high) / 2
         low, high = (low, middle) if size(at(middle)) <= left else (middle, high)
-    return at(high)
+    return _exactly(at(high), size, left)
 
 
-def _largest(one: Sensitivity, loss: float) -> float:
-    """The threshold at which the layer alone has lost `loss`, between those that were tried."""
+def _curve(one: Sensitivity, weights: int) -> tuple[Floats, Floats, Floats]:
+    """Thresholds, close together, with the weights left and what the layer loses by them, (FINE,) each."""
     lost = np.maximum.accumulate(one.scores[0] - np.array(one.scores))  # a gain by chance is not a licence
-    rising = lost + np.arange(len(lost)) * 1e-9  # among equal ones, the larger threshold as the loss grows
-    return float(np.interp(loss, rising, one.qualities))
+    fine = np.linspace(one.qualities[0], one.qualities[-1], FINE)
+    return fine, weights * np.interp(fine, one.qualities, one.kept), np.interp(fine, one.qualities, lost)
 
 
-def _beyond(qualities: Qualities, size: Callable[[Qualities], int], left: float) -> dict[str, float]:
-    low, high = 1.0, 64.0
+def _exactly(qualities: Qualities, size: Callable[[Qualities], int], left: float) -> dict[str, float]:
+    """The same thresholds, all lowered or raised by one factor until `left` weights stay."""
+    low, high = 0.0, 64.0
     for _ in range(SETTLE):
         middle = (low + high) / 2
         fits = size({n: q * middle for n, q in qualities.items()}) <= left
