@@ -33,9 +33,9 @@ from edgeprune import allocate, allocators, finetune, importance, measure, plann
 from edgeprune.allocate import Allocator, Costs
 from edgeprune.config import RLSection, SearchSection
 from edgeprune.finetune import Settings
+from edgeprune.records import Evaluation
 from edgeprune.runs import Run
 from edgeprune.search import Space, Subject
-from edgeprune.search.journal import read as read_journal
 from edgeprune.surgery import cut
 from edgeprune.task import Classification
 from edgeprune.watch import Silent
@@ -65,64 +65,73 @@ class Comparison:
 
     def name(self, arm: str, seed: int) -> str:
         tried = f"-{self.options.evaluations}" if arm in TRIED else ""
-        return f"{FOLDER}/{arm}{tried}-{self.speedup:g}x-seed{seed}"
+        return f"{arm}{tried}-{self.speedup:g}x-seed{seed}"
 
-    def allocator(self, arm: str, seed: int) -> tuple[Allocator, dict[str, Any]]:
-        """How the arm chooses widths, and what its search found."""
-        if arm not in TRIED:
-            return allocators.named(arm, seed), {}
+    def search(self, arm: str, seed: int) -> dict[str, Any]:
+        """The arm's widths at the budget as predicted, judged on the search images; kept."""
+        name = f"{FOLDER}/searches/{self.name(arm, seed)}"
+        known = record.load(name)
+        if known is None:
+            units, found = self._tried(arm, seed) if arm in TRIED else self._planned(arm, seed)
+            known = {
+                "arm": arm, "seed": seed, "speedup": self.speedup, "widths": units, "loss": found.loss,
+                "accuracy": found.accuracy, "predicted_ms": self.costs.predict_ms(units),
+                "evaluations": self.options.evaluations if arm in TRIED else 0, "images": self.options.images,
+            }  # fmt: skip
+            record.save(name, known)
+            print(f"{name}: loss {found.loss:.4f}, accuracy {found.accuracy:.2%}", flush=True)
+        return known
+
+    def _planned(self, arm: str, seed: int) -> tuple[Mapping[str, int], Evaluation]:
+        plan = allocators.named(arm, seed)(self.costs, self.case.scores, self.budget_ms)
+        return plan.widths, self._subject(arm, seed).judge(plan.widths, self.options.images)
+
+    def _tried(self, arm: str, seed: int) -> tuple[Mapping[str, int], Evaluation]:
         settings = SearchSection(  # type: ignore[call-arg]
             evaluations=self.options.evaluations,
             images=self.options.images,
             workers=self.options.workers,
             rl=RLSection(rate=0.0 if arm == "rl-rate-0" else 0.5),  # type: ignore[call-arg]
         )
+        space = Space(self.costs, self.case.scores, (self.budget_ms,))
+        strategy = "rl" if arm == "rl-rate-0" else arm
+        found = search.find(self._subject(arm, seed), space, strategy, settings, 1, seed, Silent())
+        return found.units, found.evaluation
+
+    def _subject(self, arm: str, seed: int) -> Subject:
         case, images = self.case, self.case.images
         task = Classification(
             images.train, images.search, images.final, Settings(**{**asdict(SETTINGS), "bn_images": BN_IMAGES}), 0, 0
         )
-        folder = Run(self.path / Path(self.name(arm, seed)).name)
-        subject = Subject(case.dense, case.graph, case.dense, {}, case.scores, task, folder)
-        space = Space(self.costs, case.scores, (self.budget_ms,))
-        strategy = "rl" if arm == "rl-rate-0" else arm
-        began = time.monotonic()
-        found = search.find(subject, space, strategy, settings, 1, seed, Silent())
-        judged = sum(1 for _ in read_journal(folder.path(search.JOURNAL)))
-        what = {
-            "search_loss": found.evaluation.loss, "search_accuracy": found.evaluation.accuracy, "evaluations": judged,
-            "seconds_of_last_start": time.monotonic() - began,
-        }  # fmt: skip
-        return allocators.to_shares(allocators.shares_of(self.costs, found.units)), what
+        folder = Run(self.path / "journals" / self.name(arm, seed))
+        return Subject(case.dense, case.graph, case.dense, {}, case.scores, task, folder)
 
     def run(self, arm: str, seed: int) -> None:
         """Search, carry the widths to the measured latency, judge, train, judge."""
-        name = self.name(arm, seed)
-        if record.load(name) is not None:
+        name = f"{FOLDER}/{self.name(arm, seed)}"
+        found = self.search(arm, seed)
+        if self.options.search or record.load(name) is not None:
             return
-        found = self.plan(arm, seed)
-        if found is None:
-            return
-        before, after, seconds = self._trained(found["widths"], seed)
+        plan = self.plan(arm, seed, found)
+        before, after, seconds = self._trained(plan["widths"], seed)
         result = {
-            **found, "arm": arm, "seed": seed, "speedup": self.speedup, "images": self.options.images,
-            "batches": self.options.batches, "accuracy_bn": before, "accuracy": after, "training_seconds": seconds,
+            **found, **plan, "batches": self.options.batches, "accuracy_bn": before, "accuracy": after,
+            "search_loss": found["loss"], "search_accuracy": found["accuracy"], "training_seconds": seconds,
         }  # fmt: skip
         record.save(name, result)
-        print(f"{name}: {before:.2%} -> {after:.2%} at {found['ratio']:.3f} of the budget", flush=True)
+        print(f"{name}: {before:.2%} -> {after:.2%} at {plan['ratio']:.3f} of the budget", flush=True)
 
-    def plan(self, arm: str, seed: int) -> dict[str, Any] | None:
-        """Widths at the measured latency, and what the search found; kept, for the training takes as long again."""
-        name = f"{FOLDER}/plans/{Path(self.name(arm, seed)).name}"
+    def plan(self, arm: str, seed: int, found: Mapping[str, Any]) -> dict[str, Any]:
+        """Widths at the measured latency; kept, for the training takes as long again."""
+        name = f"{FOLDER}/plans/{self.name(arm, seed)}"
         known = record.load(name)
-        if known is not None:
-            return {key: known[key] for key in known if key not in ("machine", "at")}
-        allocator, what = self.allocator(arm, seed)
-        if self.options.search:
-            print(f"{name}: searched {what}", flush=True)
-            return None
-        widths, ratio = self._at_the_latency(allocator)
-        record.save(name, {"widths": widths, "ratio": ratio, **what})
-        return {"widths": widths, "ratio": ratio, **what}
+        if known is None:
+            shares = allocators.shares_of(self.costs, found["widths"])
+            how = allocators.to_shares(shares) if arm in TRIED else allocators.named(arm, seed)
+            widths, ratio = self._at_the_latency(how)
+            known = {"widths": widths, "ratio": ratio}
+            record.save(name, known)
+        return {"widths": known["widths"], "ratio": known["ratio"]}
 
     def _at_the_latency(self, allocator: Allocator) -> tuple[dict[str, int], float]:
         budget_ms, tried = self.budget_ms, []
@@ -196,7 +205,21 @@ def time_results(comparison: Comparison) -> None:
         record.save(f"{FOLDER}/{stem}", {**result, **own, "dense_ms": dense.median_ms})
 
 
+def searches() -> str:
+    """What each arm reached at the predicted budget, on the images that a search may look at."""
+    paths = sorted((record.RESULTS / FOLDER / "searches").glob("*.json"))
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    rows = [
+        [r["arm"], str(r["seed"]), str(r["evaluations"]), f"{r['loss']:.3f}", f"{r['accuracy']:.1%}",
+         f"{r['predicted_ms']:.4f}"]
+        for r in sorted(found, key=lambda r: r["loss"])
+    ]  # fmt: skip
+    header = ["arm", "seed", "networks judged", "loss, search images", "accuracy, search images", "predicted ms"]
+    return record.table(header, rows)
+
+
 def summary() -> str:
+    """Means and spreads over the seeds, on the final images."""
     found = results().values()
     rows = []
     for speedup in sorted({r["speedup"] for r in found}):
@@ -258,7 +281,7 @@ def main() -> None:
                         comparison.run(arm, seed)
         finally:
             case.close()
-    print(summary())
+    print(searches(), summary(), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ def _judge(subject: Subject, units: Units, images: int) -> Evaluation:
 @contextmanager
 def _cluster(settings: SearchSection) -> Iterator[Any]:
     """A Ray that was running is joined and left as it is; one of our own ends with the search."""
+    # without it, Ray warns that a later release will treat processes without a GPU differently
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
