@@ -43,7 +43,16 @@ def load(name: str) -> dict[str, Any] | None:
 
 def machine() -> dict[str, str]:
     found = {"python": platform.python_version(), "processor": _processor()}
-    for package in ("edgeprune", "torch", "openvino", "torchvision", "timm", "torch-pruning", "scipy"):
+    for package in (
+        "edgeprune",
+        "torch",
+        "openvino",
+        "ai-edge-litert",
+        "torchvision",
+        "timm",
+        "torch-pruning",
+        "scipy",
+    ):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +94,7 @@ def _alive_bytes(model: Any, graph: Any) -> int:
 
 
 def _header(found: Needs) -> str:
-    registered = ", ".join(f"{name} (Add{_method(name)})" for name in found.operators)
-    listed = "\n".join(textwrap.wrap(registered, 110, initial_indent="   ", subsequent_indent="   "))
+    listed = "\n".join(f"     {name} (Add{_method(name)})" for name in found.operators)
     lines = [
         "/* A network pruned by edgeprune, as a .tflite model.",
         "",
