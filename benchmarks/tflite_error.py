@@ -125,6 +125,7 @@ class Template:
             buffer.data = np.frombuffer(data.tobytes(), np.uint8)
             model.buffers.append(buffer)
             tensor.shape, tensor.buffer = list(data.shape), len(model.buffers) - 1
+            tensor.name = f"weights{len(graph.tensors)}"
             graph.tensors.append(tensor)
             op.inputs[place] = len(graph.tensors) - 1
 

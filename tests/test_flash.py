@@ -24,7 +24,8 @@ from edgeprune.errors import DeployError, EdgepruneError, TargetError, UsageErro
 from edgeprune.flashing import Place
 from edgeprune.host import Ssh
 
-KILLS = 20
+KILLS = (6, pytest.param(20, marks=pytest.mark.slow))
+MOMENTS = (6, pytest.param(24, marks=pytest.mark.slow))
 
 
 @pytest.fixture(scope="module")
@@ -250,11 +251,12 @@ def flash_for_ever(config: Path, tmp_path: Path, seed: int) -> None:
         put(host, tmp_path, choice.choice("ABC"))
 
 
+@pytest.mark.parametrize("kills", KILLS)
 def test_a_host_that_is_killed_at_any_moment_leaves_a_model_that_works(
-    server: Server, board: Ssh, tmp_path: Path
+    server: Server, board: Ssh, tmp_path: Path, kills: int
 ) -> None:
     put(board, tmp_path, "A")
-    for seed in range(KILLS):
+    for seed in range(kills):
         host = multiprocessing.get_context("fork").Process(target=flash_for_ever, args=(server.config, tmp_path, seed))
         host.start()
         time.sleep(random.Random(seed).uniform(0.3, 2.5))
@@ -288,15 +290,16 @@ def fill(disk: Path, after_s: float) -> None:
             os.posix_fallocate(stream.fileno(), 0, os.fstat(stream.fileno()).st_size + 4096)
 
 
+@pytest.mark.parametrize("moments", MOMENTS)
 def test_a_disk_that_fills_up_at_any_moment_keeps_a_model_that_works(
-    server: Server, disk: Path, tmp_path: Path
+    server: Server, disk: Path, tmp_path: Path, moments: int
 ) -> None:
     host = Ssh("board", server.config, str(disk / "cache"))
     folder, failures = disk / "installed", []
     try:
         deploy.install(host, *models.package(tmp_path, "A"), str(folder))
-        for moment in range(12):
-            other = threading.Thread(target=fill, args=(disk, 0.15 * moment))
+        for moment in range(moments):
+            other = threading.Thread(target=fill, args=(disk, 1.8 * moment / moments))
             other.start()
             try:
                 deploy.install(host, *models.package(tmp_path, f"{moment}", 4_000_000), str(folder), keep=1)
