@@ -27,6 +27,8 @@ from edgeprune.host import Ssh
 KILLS = (6, pytest.param(20, marks=pytest.mark.slow))
 MOMENTS = (6, pytest.param(24, marks=pytest.mark.slow))
 
+pytestmark = pytest.mark.ssh
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:

@@ -15,6 +15,8 @@ from sshd import PATH, Server, free_port
 from edgeprune.errors import AgentError, LinkError, RuntimeMissing, TargetError
 from edgeprune.host import Here, Ssh
 
+pytestmark = pytest.mark.ssh
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
