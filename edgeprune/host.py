@@ -228,6 +228,8 @@ class Ssh:
         """The program that takes and gives files, running."""
         if self._store is not None and self._store.status() is None:
             return self._store
+        if self._store is not None:
+            self._store.close()
         source = (resources.files("edgeprune.profilers") / "storage.py").read_text(encoding="utf-8")
         store = self._python(["-c", source, self._folder])
         self._store = store

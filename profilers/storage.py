@@ -9,12 +9,14 @@ are lines of JSON, with a file's bytes behind them:
     {"get": "/path"}                                             -> {"size_bytes": 9, "sha256": "..."}, bytes, newline
     {"make": "/path"}, {"remove": "/path"}: a folder             -> {}
 
-What cannot be done is answered with {"error": "..."}; after that in the middle of a file the program ends.
+A folder that another host was given a file of stays until that host removes it, or its connection ends. What cannot be
+done is answered with {"error": "..."}; after that in the middle of a file the program ends.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -32,29 +34,64 @@ def main(argv: list[str]) -> int:
     """Serve the folder until standard input ends. The first reply says where the folder is."""
     folder = os.path.abspath(os.path.expanduser(argv[1]))
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    held: dict[str, int] = {}  # folders that files were given of: descriptors with a shared lock
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         _forget(folder)
         _send(replies, {"folder": folder})
         for line in iter(sys.stdin.buffer.readline, b""):
-            _answer(json.loads(line), folder, replies)
+            _answer(json.loads(line), folder, replies, held)
     except OSError as error:
         _send(replies, {"error": _words(error, folder)})
         return 1
     return 0
 
 
-def _answer(request: dict[str, Any], folder: str, replies: BinaryIO) -> None:
+def _answer(request: dict[str, Any], folder: str, replies: BinaryIO, held: dict[str, int]) -> None:
     if "get" in request:
         _give(request["get"], replies)
     elif "make" in request:
         os.makedirs(request["make"], mode=0o700, exist_ok=True)
         _send(replies, {})
     elif "remove" in request:
-        shutil.rmtree(request["remove"], ignore_errors=True)
+        if request["remove"] in held:
+            os.close(held.pop(request["remove"]))
+        _remove(request["remove"])
         _send(replies, {})
     else:
-        _take(os.path.join(folder, request["sha256"][:16]), request, replies)
+        place = os.path.join(folder, request["sha256"][:16])
+        if place not in held:
+            held[place] = _hold(place)
+        _take(place, request, replies)
+
+
+def _hold(place: str) -> int:
+    """Make a folder that nobody removes while the descriptor is open."""
+    while True:
+        os.makedirs(place, mode=0o700, exist_ok=True)
+        try:
+            handle = os.open(place, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # removed at this moment
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        if os.path.exists(place) and os.path.samestat(os.fstat(handle), os.stat(place)):
+            return handle
+        os.close(handle)
+
+
+def _remove(place: str) -> None:
+    """Delete a folder, unless another host holds it."""
+    try:
+        handle = os.open(place, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(place, ignore_errors=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(handle)
 
 
 def _take(place: str, request: dict[str, Any], replies: BinaryIO) -> None:
@@ -69,7 +106,6 @@ def _take(place: str, request: dict[str, Any], replies: BinaryIO) -> None:
         os.utime(place)
         _send(replies, {"path": path})
         return
-    os.makedirs(place, mode=0o700, exist_ok=True)
     handle = os.open(part, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         offset = min(os.fstat(handle).st_size, size_bytes)
@@ -130,7 +166,7 @@ def _forget(folder: str) -> None:
         if sum(sizes.values()) <= LIMIT_BYTES:
             break
         del sizes[place.path]
-        shutil.rmtree(place.path, ignore_errors=True)
+        _remove(place.path)
 
 
 def _send(replies: BinaryIO, message: dict[str, Any]) -> None:

@@ -51,7 +51,7 @@ def test_without_a_project_file_init_is_suggested(folder: Path, capsys: pytest.C
     ("old", "new", "message"),
     [
         ("source = \"model.py", "sauce = \"model.py", "unknown key model.sauce; did you mean source?"),
-        ("speedup = 1.6", "strategy = \"magic\"", "or 'random-search' (it is 'magic')"),
+        ("speedup = 1.6", "strategy = \"magic\"", "'magnitude' or 'soft' (it is 'magic')"),
         ("speedup = 1.6", "speed_up = 2", "unknown key compress.speed_up; did you mean speedup?"),
         ("[0.6, 0.2, 0.2]", "[0.6, 0.6, 0.2]", "split: three positive shares that add up to 1 are needed"),
         ("[compress]", "[target.pi]\nkind = \"toaster\"\n[compress]", "'toaster' is no kind of target; there are: cpu"),

@@ -289,7 +289,7 @@ def fill(disk: Path, after_s: float) -> None:
     time.sleep(after_s)
     with (disk / "filler").open("wb") as stream, contextlib.suppress(OSError):
         while True:
-            os.posix_fallocate(stream.fileno(), 0, os.fstat(stream.fileno()).st_size + 4096)
+            os.posix_fallocate(stream.fileno(), os.fstat(stream.fileno()).st_size, 4096)
 
 
 @pytest.mark.parametrize("moments", MOMENTS)
