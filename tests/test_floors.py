@@ -129,6 +129,7 @@ def report_of(folder: Path) -> VerifyReport:
     return runs.as_record(VerifyReport, Run(folder / "runs/001").read("verify.json", verify.FORMAT))
 
 
+@pytest.mark.slow
 def test_a_broken_floor_ends_with_1_and_says_so(broken: tuple[Path, int, str]) -> None:
     folder, code, err = broken
     assert code == 1, err
@@ -139,6 +140,7 @@ def test_a_broken_floor_ends_with_1_and_says_so(broken: tuple[Path, int, str]) -
     assert "mine.py:share_of_eights <small>floor 0.5</small>" in page
 
 
+@pytest.mark.slow
 def test_a_broken_floor_is_tried_again_with_more_latency_and_the_budget_then_fails_too(
     broken: tuple[Path, int, str],
 ) -> None:
@@ -156,6 +158,7 @@ def test_a_broken_floor_is_tried_again_with_more_latency_and_the_budget_then_fai
     assert "back to a budget of" in err
 
 
+@pytest.mark.slow
 def test_floors_are_measured_on_the_final_split_by_the_targets_runtime(broken: tuple[Path, int, str]) -> None:
     folder, *_ = broken
     opened = project.read(folder / "edgeprune.toml")

@@ -130,6 +130,7 @@ def test_neither_ray_nor_pymoo_is_imported_before_it_is_needed() -> None:
 # ---- workers -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_workers_find_what_one_process_finds_though_one_dies(tmp_path: Path) -> None:
     alone = found_in(tmp_path / "alone")
     (tmp_path / "bullet-1").touch()
@@ -139,6 +140,7 @@ def test_workers_find_what_one_process_finds_though_one_dies(tmp_path: Path) -> 
     assert sorted(judged(tmp_path / "together")) == sorted(judged(tmp_path / "alone"))
 
 
+@pytest.mark.slow
 def test_a_candidate_that_kills_every_worker_and_an_error_of_the_users_are_told(tmp_path: Path) -> None:
     for number in range(9):
         (tmp_path / f"bullet-{number}").touch()
@@ -157,6 +159,7 @@ def test_a_candidate_that_kills_every_worker_and_an_error_of_the_users_are_told(
 SHORT = ("--set", "search.images=100", "--epochs", "0", "--set", "compress.steps=1")
 
 
+@pytest.mark.slow
 def test_compress_with_rl_is_killed_and_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     small.make(tmp_path)
     arguments = ("compress", "--strategy", "rl", "--set", "search.evaluations=14", *SHORT)
@@ -181,6 +184,7 @@ def test_compress_with_rl_is_killed_and_ends_as_if_it_had_not_been(tmp_path: Pat
     assert set(plan["chosen"]["plan"]["widths"]) == set(json.loads(before.splitlines()[0])["groups"])
 
 
+@pytest.mark.slow
 def test_compress_with_genetic_writes_a_front_to_choose_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -173,6 +173,7 @@ def test_soft_without_images_says_what_is_missing(trained: tuple[nn.Module, Mode
 MAGNITUDE = small.TOML.replace("steps = 2", 'steps = 1\nstrategy = "magnitude"').replace("epochs = 2\n", "epochs = 1\n")
 
 
+@pytest.mark.slow
 def test_a_run_with_magnitude_meets_the_measured_budget(tmp_path: Path) -> None:
     small.make(tmp_path, MAGNITUDE + "\n[magnitude]\nratio = 8.0\nimages = 200\n")
     process = small.command("compress", "--json", cwd=tmp_path)
