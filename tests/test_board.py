@@ -128,6 +128,7 @@ def test_the_table_predicts_whole_networks_within_one_percent(inside: Path, caps
     assert found["check"]["rank_correlation"] == 1.0
 
 
+@pytest.mark.slow
 def test_a_second_profile_gives_the_same_table(
     inside: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +193,7 @@ def during(delay_s: float, *acts: Any) -> threading.Thread:
     return thread
 
 
+@pytest.mark.slow
 def test_a_power_cut_in_the_middle_of_a_profile_costs_only_time(board: Board, target: Target) -> None:
     before = layers(target, 1)
     cut = during(0.5, lambda: board.act("power-cut"), lambda: board.act("power-on"))
@@ -230,6 +232,7 @@ def test_a_program_that_takes_all_memory_is_named_and_the_board_lives_on(host: S
     assert host.run(["echo", "alive"], 60) == "alive\n"
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_no_latency_and_no_install(
     board: Board, host: Ssh, target: Target, tmp_path: Path
 ) -> None:
@@ -249,7 +252,7 @@ def test_a_folder_that_pi_may_not_write_is_refused_before_anything_is_sent(host:
 
 
 def test_a_file_system_that_is_read_only_is_refused(board: Board, host: Ssh, tmp_path: Path) -> None:
-    board.as_root("mkdir -p /home/pi/ro && mount -t tmpfs -o ro tmpfs /home/pi/ro")
+    board.as_root("mkdir -p /home/pi/ro && busybox mount -t tmpfs -o ro tmpfs /home/pi/ro")
     with pytest.raises(DeployError, match=r"failed: .*Read-only file system.*; check the path"):
         deploy.install(host, *models.package(tmp_path, "A"), "ro/m")
 

@@ -253,6 +253,7 @@ def flash_for_ever(config: Path, tmp_path: Path, seed: int) -> None:
         put(host, tmp_path, choice.choice("ABC"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", KILLS)
 def test_a_host_that_is_killed_at_any_moment_leaves_a_model_that_works(
     server: Server, board: Ssh, tmp_path: Path, kills: int
@@ -292,6 +293,7 @@ def fill(disk: Path, after_s: float) -> None:
             os.posix_fallocate(stream.fileno(), os.fstat(stream.fileno()).st_size, 4096)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moments", MOMENTS)
 def test_a_disk_that_fills_up_at_any_moment_keeps_a_model_that_works(
     server: Server, disk: Path, tmp_path: Path, moments: int

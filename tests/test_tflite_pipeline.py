@@ -37,6 +37,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_accepted_plan_meets_the_budget_in_int8_and_outputs_follow_torch(finished: Path) -> None:
     result = json.loads((finished / "result.json").read_text())  # one object, nothing else on standard output
     step, start = (json.loads((finished / "runs/001" / f).read_text()) for f in ("step-1/plan.json", "preflight.json"))
@@ -48,6 +49,7 @@ def test_the_accepted_plan_meets_the_budget_in_int8_and_outputs_follow_torch(fin
         assert network["agreement"]["same_class"] > 0.9
 
 
+@pytest.mark.slow
 def test_the_installed_bytes_are_the_pruned_network_in_int8(finished: Path) -> None:
     """By an interpreter of our own, image by image, against the pruned module in torch."""
     opened = project.read(finished / "edgeprune.toml")
@@ -70,6 +72,7 @@ def test_the_installed_bytes_are_the_pruned_network_in_int8(finished: Path) -> N
     assert np.abs(np.array(found) - wanted).max() < 0.1 * np.abs(wanted).max()
 
 
+@pytest.mark.slow
 def test_profile_and_explain_read_the_table_that_the_run_filled(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,6 +86,7 @@ def test_profile_and_explain_read_the_table_that_the_run_filled(
     assert "sum of layers" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_c_array_is_the_model_byte_for_byte(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,6 +123,7 @@ def _bytes_of(folder: Path) -> bytes:
     return subprocess.run([folder / "main"], capture_output=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_a_c_array_needs_a_tflite_target_and_a_format_that_exists(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
