@@ -214,6 +214,7 @@ def works(host: Ssh) -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_a_power_cut_in_the_middle_of_a_flash_leaves_a_model_that_works(
     board: Board, host: Ssh, tmp_path: Path, seed: int

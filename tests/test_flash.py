@@ -231,6 +231,7 @@ def test_a_slow_link_only_takes_longer(proxied: tuple[Ssh, Proxy], tmp_path: Pat
     assert put(host, tmp_path, "A").startswith("0001-")
 
 
+@pytest.mark.slow
 def test_a_host_that_stops_answering_is_given_up(
     proxied: tuple[Ssh, Proxy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
