@@ -6,11 +6,12 @@ so a prediction and its measurement come from one path.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .graph import Example
+
+T = TypeVar("T")
 
 
 class Target(Protocol):
@@ -91,6 +94,19 @@ class Target(Protocol):
 def calibrated(target: Target) -> bool:
     """Do this target's exports need to know the range of real inputs?"""
     return target.fingerprint().precision == "int8"
+
+
+def fingerprint_of(kind: str, precision: str, threads: int, machine: Mapping[str, str]) -> Fingerprint:
+    """What a device program says about its machine when it is opened, as what a measurement there depends on."""
+    apart = ("processor", "runtime", "python", "model")
+    details = tuple(sorted((key, text) for key, text in machine.items() if key not in apart))
+    return Fingerprint(kind, machine["processor"], machine["runtime"], precision, threads, details)
+
+
+def record_of(kind: type[T], reply: Mapping[str, Any]) -> T:
+    """A record from those fields of a device program's reply that it has."""
+    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in reply.items() if k in names})
 
 
 def kinds() -> list[str]:

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,14 +18,13 @@ from ..errors import RuntimeMissing
 from ..graph import Example
 from ..host import Here, Host
 from ..records import Artifact, DeviceState, Fingerprint, LayerShape, Operators, Progress, Timing
-from ..target import Target
+from ..target import Target, fingerprint_of, record_of
 
 LAYERS = (
     "conv", "conv_transpose", "linear", "max_pool", "avg_pool", "global_pool", "scale", "add", "mul", "gate", "concat",
     "relu", "relu6", "silu", "hardswish", "hardsigmoid", "sigmoid", "gelu", "leaky_relu", "elu", "tanh", "mish",
 )  # fmt: skip
 SILENCE_S = 300.0  # without a word from the device program for this long, it hangs
-T = TypeVar("T")
 INSTALL = "pip install 'edgeprune[openvino]'"
 
 
@@ -58,15 +57,7 @@ class Cpu:
         self._machine: dict[str, str] = opened["machine"]
 
     def fingerprint(self) -> Fingerprint:
-        machine = dict(self._machine)
-        return Fingerprint(
-            kind="cpu",
-            device=machine.pop("processor"),
-            runtime=machine.pop("runtime"),
-            precision=self.options.precision,
-            threads=self.options.threads,
-            details=tuple(sorted((k, v) for k, v in machine.items() if k not in ("python", "model"))),
-        )
+        return fingerprint_of("cpu", self.options.precision, self.options.threads, self._machine)
 
     def timed_as(self, shape: LayerShape) -> LayerShape | None:
         """Without its residual sum: fused into the convolution it costs next to nothing, alone it cannot be shown."""
@@ -80,7 +71,7 @@ class Cpu:
         reply = self._agent.call(
             "time", SILENCE_S + 3 * budget_s, items=wire, least=least, most=most, interval=interval, budget_s=budget_s
         )
-        return [_record(Timing, timing) for timing in reply["timings"]]
+        return [record_of(Timing, timing) for timing in reply["timings"]]
 
     def export(self, module: Any, example: Example, folder: Path, calibration: Sequence[NDArray[Any]] = ()) -> Artifact:
         """model.onnx, and the same network as OpenVINO IR: model.xml with model.bin."""
@@ -131,13 +122,7 @@ class Cpu:
         return Operators((), 0.0, "")
 
     def state(self) -> DeviceState:
-        return _record(DeviceState, self._agent.call("state", SILENCE_S))
+        return record_of(DeviceState, self._agent.call("state", SILENCE_S))
 
     def close(self) -> None:
         self._agent.close()
-
-
-def _record(kind: type[T], reply: dict[str, Any]) -> T:
-    """A record from those fields of a reply that it has."""
-    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in reply.items() if k in names})

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +18,10 @@ from ..errors import RuntimeMissing, TargetError, UsageError
 from ..graph import Example
 from ..host import Here, Host, Ssh
 from ..records import Artifact, DeviceState, Fingerprint, LayerShape, Operators, Progress, Timing
-from ..target import Target
+from ..target import Target, fingerprint_of, record_of
 
 SILENCE_S = 300.0  # without a word from the device program for this long, it hangs
 MODEL = "model.tflite"
-T = TypeVar("T")
 
 
 class Options(BaseModel):
@@ -62,15 +60,7 @@ class Tflite:
         self._machine: dict[str, str] = opened["machine"]
 
     def fingerprint(self) -> Fingerprint:
-        machine = dict(self._machine)
-        return Fingerprint(
-            kind="tflite",
-            device=machine.pop("processor"),
-            runtime=machine.pop("runtime"),
-            precision=self.options.precision,
-            threads=self.options.threads,
-            details=tuple(sorted((k, v) for k, v in machine.items() if k not in ("python", "model"))),
-        )
+        return fingerprint_of("tflite", self.options.precision, self.options.threads, self._machine)
 
     def timed_as(self, shape: LayerShape) -> LayerShape | None:
         """As it is, its sum too: here that is an operator of its own."""
@@ -86,7 +76,7 @@ class Tflite:
         reply = self._agent.call(
             "time", SILENCE_S + 3 * budget_s, items=wire, least=least, most=most, interval=interval, budget_s=budget_s
         )
-        return [_record(Timing, timing) for timing in reply["timings"]]
+        return [record_of(Timing, timing) for timing in reply["timings"]]
 
     def _packed(self, shape: LayerShape) -> str:
         """A layer as the device gets it: a model, quantised as whole networks are, small enough for a line of text."""
@@ -150,14 +140,8 @@ class Tflite:
         return Operators(tuple((name, us / 1000) for name, us in found["operators"]), found["whole_us"] / 1000, "")
 
     def state(self) -> DeviceState:
-        return _record(DeviceState, self._agent.call("state", SILENCE_S))
+        return record_of(DeviceState, self._agent.call("state", SILENCE_S))
 
     def close(self) -> None:
         self._agent.close()
         self.host.close()
-
-
-def _record(kind: type[T], reply: dict[str, Any]) -> T:
-    """A record from those fields of a reply that it has."""
-    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in reply.items() if k in names})
