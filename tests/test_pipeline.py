@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import shutil
@@ -267,8 +266,9 @@ def _running_in(folder: Path) -> list[int]:
 def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
     small.make(tmp_path)
     # a shell that runs the tests in its background has them ignore Ctrl-C, and so would their children
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = small.command("compress", cwd=tmp_path, preexec_fn=heed)
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = small.command("compress", cwd=tmp_path)
+    signal.signal(signal.SIGINT, inherited)
     deadline = time.monotonic() + 120
     while not (tmp_path / "runs/001/run.json").exists():
         assert time.monotonic() < deadline
