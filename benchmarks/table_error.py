@@ -53,7 +53,7 @@ SECOND = {"resnet20": "resnet56", "resnet18": "resnet34", "resnet50": "resnet101
 PLANS, FITTED = 30, 24
 CALIBRATION = (6, 12, 24)  # whole networks; 6 is what `edgeprune compress` takes, 12 what the headline uses
 CHUNK_BYTES = 2.5e9  # weights of the networks that are compiled together
-CHUNK_S = 60.0  # of timing, at most
+CHUNK_S = 45.0  # of timing, at most
 CHECKED = 9  # two of so many networks are compared with torch before they are timed
 AGREES = 2e-3  # a network that is timed against the torch one, of the largest output
 
