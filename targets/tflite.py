@@ -18,9 +18,8 @@ from ..errors import RuntimeMissing, TargetError, UsageError
 from ..graph import Example
 from ..host import Here, Host, Ssh
 from ..records import Artifact, DeviceState, Fingerprint, LayerShape, Operators, Progress, Timing
-from ..target import Target, fingerprint_of, record_of
+from ..target import SILENCE_S, Target, fingerprint_of, record_of
 
-SILENCE_S = 300.0  # without a word from the device program for this long, it hangs
 MODEL = "model.tflite"
 
 
