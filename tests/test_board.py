@@ -11,6 +11,7 @@ import random
 import re
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from edgeprune.target import Target, open_target
 
 pytestmark = pytest.mark.board
 SAME = 1e-3
+# instructions, one a nanosecond: a layer's run and the empty one that is taken off it take up to 19 more or less in
+# another process, by where things lie in memory; neither fixed addresses nor a fixed seed of hashes change that
+STRAY_MS = 38e-6
 PEAK = (
     "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
     "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
@@ -132,8 +136,8 @@ def test_a_second_profile_gives_the_same_table(
         table = json.loads(Path(f"{home}.json").read_text())
         entries.append({json.dumps(e["layer"]): e["timing"]["median_ms"] for e in table["entries"]})
     assert entries[0].keys() == entries[1].keys()
-    moved = {layer: abs(entries[1][layer] / ms - 1) for layer, ms in entries[0].items()}
-    assert max(moved.values()) <= SAME
+    moved = {layer: abs(entries[1][layer] - ms) / max(SAME * ms, STRAY_MS) for layer, ms in entries[0].items()}
+    assert max(moved.values()) <= 1.0
 
 
 def test_an_accepted_plan_measures_at_or_under_its_budget(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,9 +195,12 @@ def test_the_peak_memory_in_the_report_is_what_the_kernel_counts_of_the_installe
 
 
 @pytest.mark.slow
-def test_a_power_cut_in_the_middle_of_a_profile_costs_only_time(board: Board, target: Target) -> None:
+@pytest.mark.parametrize("fault", [("power-cut", "power-on"), ("reset",)])
+def test_a_power_cut_or_a_reboot_in_the_middle_of_a_profile_costs_only_time(
+    board: Board, target: Target, fault: tuple[str, ...]
+) -> None:
     before = layers(target, 1)
-    cut = during(0.5, lambda: board.act("power-cut"), lambda: board.act("power-on"))
+    cut = during(0.5, *(partial(board.act, action) for action in fault))
     after = layers(target, 12)
     cut.join()
     assert max(abs(np.array(after) / before[0] - 1)) <= 0.01

@@ -135,7 +135,7 @@ class Machine:
             *("-m", str(settings["memory_mb"]), "-icount", "shift=0,sleep=on"),
             *("-nographic", "-nodefaults", "-no-user-config"),
             *("-kernel", f"{self.built}/vmlinuz", "-initrd", f"{self.built}/initrd.gz"),
-            *("-append", "console=ttyAMA0 quiet panic=-1 mitigations=off nokaslr norandmaps"),
+            *("-append", "console=ttyAMA0 quiet panic=-1 mitigations=off nokaslr"),
             *(self._card(settings["card"]) if settings["card"] else ()),
             *("-drive", drive, "-device", "virtio-blk-device,drive=d"),  # the last one is the board's first
             *("-object", "rng-random,filename=/dev/urandom,id=r", "-device", "virtio-rng-device,rng=r"),
