@@ -59,6 +59,9 @@ class DataSection(Section):
         None, description="a second folder:DIR or npz:FILE: halved into search and final; else both come from source"
     )
     split: tuple[float, float, float] = Field((0.7, 0.15, 0.15), description="train, search, final shares of source")
+    final_images: PositiveInt | None = Field(
+        None, description="look at so many of the final images at most, drawn at random: for slow boards"
+    )
     seed: int = Field(0, description="of the split")
     resize: tuple[PositiveInt, PositiveInt] | None = Field(
         None, description="(height, width), the middle of which is used; default: the input's, or none for arrays"

@@ -24,6 +24,7 @@ from .link import STDERR_LINES, Process
 FOLDER = "~/.cache/edgeprune"  # on a device
 CONNECT_S, ANSWER_S = 30, 120.0
 PATIENCE_S = 180.0  # a board that lost its power is back within it
+SLOW_BYTES_S = 100_000  # a card that writes, or reads back, fewer bytes a second hangs
 BLOCK = 1 << 18
 LOST = 255  # ssh's own exit status
 NO_COMMAND = 127  # a shell's
@@ -36,8 +37,11 @@ class Host(Protocol):
     name: str
     copies: bool  # what `put` returns is a copy that belongs to edgeprune
 
-    def start(self, runtime: str) -> Agent:
-        """Start the device program for a runtime; raises TargetError that says what is missing."""
+    def start(self, runtime: str, beside: str = "") -> Agent:
+        """Start the device program for a runtime; `beside` names a second one that runs at the same time.
+
+        Raises TargetError that says what is missing.
+        """
 
     def put(self, path: Path) -> str:
         """Make a file's content available there and return its path; what is there already is not sent again."""
@@ -66,7 +70,7 @@ class Here:
     def __init__(self) -> None:
         self._folder: Path | None = None
 
-    def start(self, runtime: str) -> Agent:
+    def start(self, runtime: str, beside: str = "") -> Agent:
         return Agent.local(runtime)
 
     def put(self, path: Path) -> str:
@@ -143,12 +147,12 @@ class Ssh:
             self._drop()
             raise explained(self.name, said) from error
 
-    def start(self, runtime: str) -> Agent:
-        return Agent(lambda: self._begin(runtime), PATIENCE_S)
+    def start(self, runtime: str, beside: str = "") -> Agent:
+        return Agent(lambda: self._begin(runtime, beside), PATIENCE_S)
 
-    def _begin(self, runtime: str) -> Process:
+    def _begin(self, runtime: str, beside: str) -> Process:
         program = self.put(local_program())
-        return self._python(["-u", program, runtime, f"{self._session}-{runtime}"])
+        return self._python(["-u", program, runtime, f"{self._session}-{runtime}{beside}"])
 
     def put(self, path: Path) -> str:
         """Send a file. A link that breaks meanwhile is made again, and the rest sent; the checksum decides."""
@@ -171,7 +175,8 @@ class Ssh:
     def _put(self, path: Path, wanted: dict[str, Any]) -> str:
         """The path there; "" when it arrived damaged: then what went before was not what it seemed, and is deleted."""
         store = self._opened_store()
-        reply = self._ask(store, wanted)
+        slow_s = 2 * wanted["size_bytes"] / SLOW_BYTES_S
+        reply = self._ask(store, wanted, ANSWER_S + slow_s)
         if "offset" in reply:
             with path.open("rb") as stream:
                 stream.seek(reply["offset"])
@@ -180,7 +185,7 @@ class Ssh:
                         store.send(block)
                     except AgentError:
                         break  # its reply says why it takes no more
-            reply = self._heard(store, f"{path.name} could not be sent to {self.name}")
+            reply = self._heard(store, f"{path.name} could not be sent to {self.name}", ANSWER_S + slow_s)
         return str(reply["path"])
 
     def drop(self, remote: str) -> None:
@@ -233,19 +238,23 @@ class Ssh:
         source = (resources.files("edgeprune.profilers") / "storage.py").read_text(encoding="utf-8")
         store = self._python(["-c", source, self._folder])
         self._store = store
-        self._root = self._heard(store, f"files cannot be sent to {self.name}", first_object)["folder"]
+        self._root = self._heard(store, f"files cannot be sent to {self.name}", ANSWER_S, first_object)["folder"]
         self._ask(store, {"make": f"{self._root}/{self._session}"})
         return store
 
-    def _ask(self, store: Process, request: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, store: Process, request: dict[str, Any], timeout_s: float = ANSWER_S) -> dict[str, Any]:
         store.write(json.dumps(request))
-        return self._heard(store, f"{self.name} refused a file")
+        return self._heard(store, f"{self.name} refused a file", timeout_s)
 
     def _heard(
-        self, store: Process, problem: str, read: Callable[[Process, float], dict[str, Any]] = next_object
+        self,
+        store: Process,
+        problem: str,
+        timeout_s: float,
+        read: Callable[[Process, float], dict[str, Any]] = next_object,
     ) -> dict[str, Any]:
         try:
-            reply = read(store, time.monotonic() + ANSWER_S)
+            reply = read(store, time.monotonic() + timeout_s)
         except AgentError as error:
             status = store.status()
             store.close()
@@ -272,6 +281,12 @@ def reach(destination: str, like: Host) -> Host:
 
 def explained(name: str, text: str) -> TargetError:
     """What ssh said about a host, with what to do next; LinkError where trying again can help."""
+    # "UNKNOWN port 65535" is what ssh calls the end of a way through another host
+    if jump := re.search(r"(?s)(\S+): Permission denied.*UNKNOWN port 65535", text):
+        return TargetError(
+            f"{jump[1]}, a jump host before {name}, refuses this user's keys (edgeprune never asks for a password); "
+            f"give it one with: ssh-copy-id {jump[1]}"
+        )
     bare = re.sub(r"^(ssh://)?([^@/]*@)?", "", name)
     if "IDENTIFICATION HAS CHANGED" in text:
         return TargetError(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .graph import Example
 
 T = TypeVar("T")
+SILENCE_S = 300.0  # without a word from the device program for this long, it hangs
 
 
 class Target(Protocol):
@@ -94,6 +95,15 @@ class Target(Protocol):
 def calibrated(target: Target) -> bool:
     """Do this target's exports need to know the range of real inputs?"""
     return target.fingerprint().precision == "int8"
+
+
+def peak_memory_bytes(target: Target, artifact: Artifact) -> int:
+    """The most memory of a process that does nothing on the device but load a network and run it, Python included."""
+    with target.host.start(target.runtime, "-memory") as agent:
+        agent.call("open", SILENCE_S, **target.opening)
+        items = [{"model": target.host.put(Path(artifact.path))}]
+        reply = agent.call("time", SILENCE_S, items=items, least=1, most=1, interval=1.0, budget_s=0.0)
+    return int(reply["peak_memory_bytes"])
 
 
 def fingerprint_of(kind: str, precision: str, threads: int, machine: Mapping[str, str]) -> Fingerprint:

@@ -16,7 +16,7 @@ from .finetune import Images
 from .graph import Example, as_call
 from .metrics import Metric
 from .records import Accuracy, Agreement, Artifact, Budget, Floor, NetworkCheck, Progress, Timing, VerifyReport
-from .target import Target
+from .target import Target, peak_memory_bytes
 
 FORMAT = "edgeprune.verify/1"
 TOLERANCE = {"f32": 1e-3, "f16": 2e-2, "bf16": 5e-2, "int8": 0.2}  # of the largest output, by precision
@@ -150,6 +150,7 @@ def check(
                 params=network.params,
                 macs=network.macs,
                 size_bytes=network.artifact.size_bytes,
+                peak_memory_bytes=peak_memory_bytes(target, network.artifact),
             )
         )
     return VerifyReport(

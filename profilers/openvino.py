@@ -44,7 +44,7 @@ class Program:
         self.call_ms = 0.0
 
     def calls(self) -> dict[str, Callable[..., Any]]:
-        return {"open": self.open, "state": self.state, "time": self.time, "run": self.run}
+        return {"open": self.open, "time": self.time, "run": self.run}
 
     def open(self, event: Callable[[Any], None], threads: int, precision: str) -> dict[str, Any]:
         """Fix threads and precision for the session; returns what the measurements will depend on."""
@@ -67,22 +67,11 @@ class Program:
         described["runtime"] = "openvino " + ov.__version__.partition("-")[0]
         return {"machine": described, "pinned": pinned}
 
-    def state(self, event: Callable[[Any], None]) -> dict[str, Any]:
-        """Load, clock, temperature, and the largest memory this process has had."""
-        return dict(machine.state(), peak_memory_bytes=machine.peak_memory_bytes())
-
-    def time(
-        self,
-        event: Callable[[Any], None],
-        items: list[dict[str, Any]],
-        least: int,
-        most: int,
-        interval: float,
-        budget_s: float,
-    ) -> dict[str, Any]:
+    def time(self, event: Callable[[Any], None], items: list[dict[str, Any]], **limits: Any) -> dict[str, Any]:
         """Time layers ({"layer": shape}) and whole models ({"model": path}) in turn; everything is compiled first.
 
-        What the call itself takes is taken off layers, not off models: an application pays it once.
+        What the call itself takes is taken off layers, not off models: an application pays it once. The limits are
+        those of `timing.in_turn`.
         """
         runs = []
         for at, item in enumerate(items):
@@ -92,13 +81,13 @@ class Program:
         around = {at: before(item["layer"]) for at, item in enumerate(items) if "layer" in item}
         held = [at for at, model in around.items() if model is not None]
         runs += [self._compiled(around[at]) for at in held]
-        timings = timing.in_turn(runs, self.threads, least, most, interval, budget_s)
+        timings = timing.in_turn(runs, self.threads, **limits)
         rest_ms = dict.fromkeys(around, self.call_ms)
         rest_ms.update(zip(held, (found["median_ms"] for found in timings[len(items) :])))
         timings = timings[: len(items)]
         for at, rest in rest_ms.items():
             timing.take_off(timings[at], rest)
-        return {"timings": timings, "state": machine.state(), "peak_memory_bytes": machine.peak_memory_bytes()}
+        return {"timings": timings, "peak_memory_bytes": machine.peak_memory_bytes()}
 
     def run(self, event: Callable[[Any], None], path: str, inputs: list[str], output: str) -> dict[str, Any]:
         """Run a model over saved arrays, one slice of its batch size at a time; save its first output."""

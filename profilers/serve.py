@@ -24,6 +24,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
+from . import machine
+
 PROTOCOL = 1
 
 
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> int:
         send({"error": {"kind": "RuntimeMissing", "message": message, "module": error.name}})
         return 3
     program = runtime.Program()
-    calls: dict[str, Callable[..., Any]] = program.calls()
+    calls: dict[str, Callable[..., Any]] = {"state": state, **program.calls()}
     finishes = getattr(program, "finishes", False)
     if len(argv) > 2 and not finishes:
         end_others(argv[2])
@@ -55,6 +57,11 @@ def main(argv: list[str]) -> int:
         if line.strip():
             answer(line, calls, send)
     return 0
+
+
+def state(event: Callable[[Any], None]) -> dict[str, Any]:
+    """Load, clock, temperature, and the largest memory this program has had."""
+    return dict(machine.state(), peak_memory_bytes=machine.peak_memory_bytes())
 
 
 def lines(requests: BinaryIO, finish: bool) -> Iterator[bytes]:

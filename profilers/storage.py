@@ -183,6 +183,8 @@ def _words(error: OSError, folder: str) -> str:
     text = "%s%s" % (error.strerror, where)
     if error.errno == errno.ENOSPC:
         return text + "; make room on the device, then try again"
+    if error.errno == errno.EIO:
+        return text + "; the disk under %s is faulty: try another card, or have it checked with fsck" % folder
     if error.errno in (errno.EROFS, errno.EACCES):
         return text + "; %s has to be writable: check its owner and how it is mounted" % folder
     return text

@@ -63,7 +63,7 @@ class Program:
         self.call_ms = 0.0
 
     def calls(self) -> dict[str, Callable[..., Any]]:
-        return {"open": self.open, "state": self.state, "time": self.time, "run": self.run, "operators": self.operators}
+        return {"open": self.open, "time": self.time, "run": self.run, "operators": self.operators}
 
     def open(self, event: Callable[[Any], None], threads: int, xnnpack: bool) -> dict[str, Any]:
         """Fix threads and kernels for the session; returns what the measurements will depend on."""
@@ -78,33 +78,22 @@ class Program:
         described["xnnpack"] = "on" if _delegated(nothing) else "not there" if xnnpack else "off"
         return {"machine": described, "pinned": pinned}
 
-    def state(self, event: Callable[[Any], None]) -> dict[str, Any]:
-        """Load, clock, temperature, and the largest memory this process has had."""
-        return dict(machine.state(), peak_memory_bytes=machine.peak_memory_bytes())
-
-    def time(
-        self,
-        event: Callable[[Any], None],
-        items: list[dict[str, Any]],
-        least: int,
-        most: int,
-        interval: float,
-        budget_s: float,
-    ) -> dict[str, Any]:
+    def time(self, event: Callable[[Any], None], items: list[dict[str, Any]], **limits: Any) -> dict[str, Any]:
         """Time layers ({"layer": a packed model}) and whole models ({"model": path}) in turn; all are loaded first.
 
-        What the call itself takes is taken off layers, not off models: an application pays it once.
+        What the call itself takes is taken off layers, not off models: an application pays it once. The limits are
+        those of `timing.in_turn`.
         """
         runs = []
         for at, item in enumerate(items):
             content = zlib.decompress(base64.b64decode(item["layer"])) if "layer" in item else item["model"]
             runs.append(_ready(self._loaded(content)))
             event({"compiled": at + 1, "of": len(items)})
-        timings = timing.in_turn(runs, self.threads, least, most, interval, budget_s)
+        timings = timing.in_turn(runs, self.threads, **limits)
         for item, found in zip(items, timings):
             if "layer" in item:
                 timing.take_off(found, self.call_ms)
-        return {"timings": timings, "state": machine.state(), "peak_memory_bytes": machine.peak_memory_bytes()}
+        return {"timings": timings, "peak_memory_bytes": machine.peak_memory_bytes()}
 
     def run(self, event: Callable[[Any], None], path: str, inputs: list[str], output: str) -> dict[str, Any]:
         """Run a model over saved arrays, one slice of its batch size at a time; save its first output as float32.

@@ -19,8 +19,8 @@ PREEMPTED = 0.95  # processor time / wall time of a run below this: something el
 def in_turn(
     runs: Sequence[Callable[[], Any]],
     threads: int,
-    min_visits: int,
-    max_visits: int,
+    least: int,
+    most: int,
     interval: float,
     budget_s: float,
     seed: int = 0,
@@ -30,9 +30,9 @@ def in_turn(
     Args:
         runs: what to time; each has been run before.
         threads: how many threads they use: their processor time says whether they had the processors to themselves.
-        min_visits, max_visits: bounds on the undisturbed visits of each.
+        least, most: bounds on the undisturbed visits of each.
         interval: stop one when the 95 % interval of its median is this narrow, relative to the median.
-        budget_s: stop after this long in any case, once each has `min_visits`, disturbed ones included.
+        budget_s: stop after this long in any case, once each has `least`, disturbed ones included.
     Returns:
         For each: median_ms, p10_ms, p90_ms, runs, samples_ms (one a visit), interval (reached), disturbed (visits).
     """
@@ -42,14 +42,14 @@ def in_turn(
     began = time.perf_counter()
     while True:
         late = time.perf_counter() - began > budget_s
-        open_ = [i for i in range(len(runs)) if _wants_more(visits[i], min_visits, max_visits, interval, late)]
+        open_ = [i for i in range(len(runs)) if _wants_more(visits[i], least, most, interval, late)]
         if not open_:
             break
         for i in order.permutation(open_):
             seconds, clean, ran = _visit(runs[i], threads)
             counts[i] += ran
             visits[i].append((seconds * 1000.0, clean))
-    return [_summary(_kept(v, min_visits), counts[i], sum(not clean for _, clean in v)) for i, v in enumerate(visits)]
+    return [_summary(_kept(v, least), counts[i], sum(not clean for _, clean in v)) for i, v in enumerate(visits)]
 
 
 def take_off(found: dict[str, Any], call_ms: float) -> None:

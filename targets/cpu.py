@@ -18,13 +18,12 @@ from ..errors import RuntimeMissing
 from ..graph import Example
 from ..host import Here, Host
 from ..records import Artifact, DeviceState, Fingerprint, LayerShape, Operators, Progress, Timing
-from ..target import Target, fingerprint_of, record_of
+from ..target import SILENCE_S, Target, fingerprint_of, record_of
 
 LAYERS = (
     "conv", "conv_transpose", "linear", "max_pool", "avg_pool", "global_pool", "scale", "add", "mul", "gate", "concat",
     "relu", "relu6", "silu", "hardswish", "hardsigmoid", "sigmoid", "gelu", "leaky_relu", "elu", "tanh", "mish",
 )  # fmt: skip
-SILENCE_S = 300.0  # without a word from the device program for this long, it hangs
 INSTALL = "pip install 'edgeprune[openvino]'"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import tempfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +18,10 @@ from ..errors import RuntimeMissing, TargetError, UsageError
 from ..graph import Example
 from ..host import Here, Host, Ssh
 from ..records import Artifact, DeviceState, Fingerprint, LayerShape, Operators, Progress, Timing
-from ..target import Target, fingerprint_of, record_of
+from ..target import SILENCE_S, Target, fingerprint_of, record_of
 
-SILENCE_S = 300.0  # without a word from the device program for this long, it hangs
 MODEL = "model.tflite"
+PART_BYTES = 16 << 20  # of inputs that are on a device at a time when there are more: its disk may be small
 
 
 class Options(BaseModel):
@@ -112,20 +112,34 @@ class Tflite:
     def run(
         self, artifact: Artifact, inputs: Sequence[NDArray[Any]], progress: Progress | None = None
     ) -> NDArray[np.float32]:
-        def on_event(event: Any) -> None:
-            if progress is not None:
-                progress(int(event["done"]), int(event["of"]))
+        """A part at a time. Parts are kept there for the next network when there is only one."""
+        model, count = self.host.put(Path(artifact.path)), len(inputs[0])
+        size = max(1, PART_BYTES * count // sum(array.nbytes for array in inputs))
+        found = []
+        for start in range(0, count, size):
 
+            def on_event(event: Any, start: int = start) -> None:
+                if progress is not None:
+                    progress(start + int(event["done"]), count)
+
+            part = [litert.channels_last(array[start : start + size]) for array in inputs]
+            found.append(self._run(model, part, on_event, keep=size >= count))
+        return litert.channels_first(np.concatenate(found))
+
+    def _run(
+        self, model: str, inputs: Sequence[NDArray[Any]], on_event: Callable[[Any], None], keep: bool
+    ) -> NDArray[np.float32]:
         with tempfile.TemporaryDirectory(prefix="edgeprune-run-") as folder:
             sent = []
             for at, array in enumerate(inputs):
-                np.save(f"{folder}/input{at}.npy", litert.channels_last(array))
+                np.save(f"{folder}/input{at}.npy", array)
                 sent.append(self.host.put(Path(f"{folder}/input{at}.npy")))
-            model, output = self.host.put(Path(artifact.path)), self.host.place("output.npy")
+            output = self.host.place("output.npy")
             self._agent.call("run", SILENCE_S, on_event, path=model, inputs=sent, output=output)
             self.host.get(output, Path(f"{folder}/output.npy"))
-            found = np.load(f"{folder}/output.npy", allow_pickle=False)
-        return litert.channels_first(np.asarray(found, dtype=np.float32))
+            for copy in () if keep else sent:
+                self.host.drop(copy)
+            return np.asarray(np.load(f"{folder}/output.npy", allow_pickle=False), dtype=np.float32)
 
     def stored(self, inputs: NDArray[Any]) -> NDArray[Any]:
         return litert.channels_last(inputs)

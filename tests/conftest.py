@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from sshd import Server
+
+from edgeprune.host import Ssh
 
 os.environ["EDGEPRUNE_HOME"] = tempfile.mkdtemp(prefix="edgeprune-tests-")
 torch.set_num_threads(1)
@@ -26,6 +29,22 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """An ssh server on this machine."""
+    server = Server(tmp_path_factory.mktemp("sshd"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def board(server: Server, tmp_path: Path) -> Iterator[Ssh]:
+    """This machine as a board behind that server."""
+    host = Ssh("board", server.config, str(tmp_path / "a cache"))
+    yield host
+    host.close()
 
 
 @pytest.fixture

@@ -50,6 +50,6 @@ class Processor(Here):
         emulator = ["qemu-aarch64", "-cpu", name, "-L", str(root), str(python), "-S", "-u"]
         self._command = ["unshare", "--mount", "sh", "-c", RUN, "sh", *seen, *emulator]
 
-    def start(self, runtime: str) -> Agent:
+    def start(self, runtime: str, beside: str = "") -> Agent:
         command = [*self._command, str(local_program()), runtime]
         return Agent(lambda: Process(command, self._environment))

@@ -10,6 +10,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from edgeprune.profilers import serve
 
@@ -134,3 +135,9 @@ def test_a_link_that_does_not_come_back_is_an_error_after_a_while() -> None:
 def test_device_programs_are_python_3_8() -> None:
     for path in Path(serve.__file__).parent.glob("*.py"):
         ast.parse(path.read_text(), feature_version=(3, 8))
+
+
+def test_peak_memory_is_the_programs_own_and_not_what_started_it() -> None:
+    held = np.ones(80_000_000)  # 640 MB
+    with Agent.local("tflite") as agent:
+        assert 10e6 < agent.call("state", 30)["peak_memory_bytes"] < held.nbytes / 2

@@ -9,11 +9,9 @@ import contextlib
 import json
 import random
 import re
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import boardnet
 import models
 import numpy as np
 import pytest
+from emulated import Board, during, installed, layers, works
 
 from edgeprune import cli, deploy, measure
 from edgeprune.errors import DeployError, TargetError
@@ -29,27 +28,24 @@ from edgeprune.records import Artifact
 from edgeprune.target import Target, open_target
 
 pytestmark = pytest.mark.board
-ARM_BOARD = Path(__file__).resolve().parent.parent / "tools" / "arm_board"
 SAME = 1e-3
-TICK_MS = 16e-6  # of the board's timer, which counts at 62.5 MHz
-
-
-class Board:
-    """An emulated board of its own."""
-
-    def __init__(self, folder: Path, *options: str) -> None:
-        self._state = folder
-        self.config = Path(self.act("start", *options).strip())
-
-    def act(self, action: str, *options: str) -> str:
-        command = [sys.executable, str(ARM_BOARD), action, "--state", str(self._state), *options]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=600)
-        assert done.returncode == 0, done.stdout
-        return done.stdout
-
-    def as_root(self, command: str) -> str:
-        ssh = ["ssh", "-F", str(self.config), "board-root", command]
-        return subprocess.run(ssh, capture_output=True, text=True, check=True, timeout=120).stdout
+# instructions, one a nanosecond: a layer's run and the empty one that is taken off it take up to 19 more or less in
+# another process, by where things lie in memory; neither fixed addresses nor a fixed seed of hashes change that
+STRAY_MS = 38e-6
+PEAK = (
+    "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
+    "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+)
+FILL = """
+import errno, os
+handle = os.open("filler", os.O_CREAT | os.O_WRONLY)
+for step in (1 << 24, 1 << 20, 1 << 12):
+    try:
+        while True:
+            os.posix_fallocate(handle, os.fstat(handle).st_size, step)
+    except OSError as error:
+        assert error.errno == errno.ENOSPC
+"""
 
 
 @pytest.fixture(scope="module")
@@ -140,13 +136,12 @@ def test_a_second_profile_gives_the_same_table(
         table = json.loads(Path(f"{home}.json").read_text())
         entries.append({json.dumps(e["layer"]): e["timing"]["median_ms"] for e in table["entries"]})
     assert entries[0].keys() == entries[1].keys()
-    # the reading of a layer and that of an empty call, which is taken off it, may each fall on the next tick
-    off = max(abs(entries[1][layer] - ms) / max(SAME * ms, 2 * TICK_MS) for layer, ms in entries[0].items())
-    assert off <= 1.0, "an entry moved by more than its clock's resolution"
+    moved = {layer: abs(entries[1][layer] - ms) / max(SAME * ms, STRAY_MS) for layer, ms in entries[0].items()}
+    assert max(moved.values()) <= 1.0
 
 
 def test_an_accepted_plan_measures_at_or_under_its_budget(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    answer(capsys, "compress", "--quiet")
+    answer(capsys, "compress", "--quiet")  # its exit status is 0: the accepted plan meets its budget
     report = json.loads(Path("runs/001/verify.json").read_text())
     dense, pruned = (report[name]["latency"]["median_ms"] for name in ("dense", "pruned"))
     assert pruned <= dense / 1.5
@@ -154,6 +149,19 @@ def test_an_accepted_plan_measures_at_or_under_its_budget(inside: Path, capsys: 
     assert report["pruned"]["agreement"]["max_difference"] <= 1e-3
     assert report["pruned"]["accuracy"]["total"] > 80
     assert report["fingerprint"]["device"] == "linux,dummy-virt"
+
+
+@pytest.mark.slow
+def test_an_accepted_plan_in_int8_measures_at_or_under_its_budget(
+    inside: Path, board: Board, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--host", "board", "--ssh-config", str(board.config), "--precision", "int8"]
+    assert cli.run(["targets", "add", "pi8", *more]) == 0
+    found = answer(capsys, "compress", "--target", "pi8", "--quiet")
+    assert all(check["passed"] for check in found["checks"])
+    dense, pruned = (found["report"][name]["latency"]["median_ms"] for name in ("dense", "pruned"))
+    assert pruned <= dense / 1.5
+    assert found["report"]["fingerprint"]["precision"] == "int8"
 
 
 def test_the_network_is_installed_and_answers_with_the_boards_own_runtime(
@@ -172,46 +180,30 @@ def test_the_network_is_installed_and_answers_with_the_boards_own_runtime(
     assert np.abs(found - recorded).max() <= 1e-3 * np.abs(recorded).max()
 
 
+def test_the_peak_memory_in_the_report_is_what_the_kernel_counts_of_the_installed_program(
+    inside: Path, host: Ssh
+) -> None:
+    report = json.loads(Path("runs/001/verify.json").read_text())
+    current = "models/digits/current"
+    run = ["python3", f"{current}/run.py", f"{current}/smoke_inputs.npy", "/tmp/outputs.npy"]
+    counted_bytes = 1024 * int(host.run(["python3", "-c", PEAK, *run], 120))
+    for network in ("dense", "pruned"):
+        assert abs(report[network]["peak_memory_bytes"] / counted_bytes - 1) <= 0.2
+
+
 # ---- faults --------------------------------------------------------------------------------------------------
 
 
-def layers(target: Target, count: int) -> list[float]:
-    batch = [measure.SENTINEL] * count
-    return [timing.median_ms for timing in target.time(batch, 3, 60, 0.01, 1.0)]
-
-
-def during(delay_s: float, *acts: Any) -> threading.Thread:
-    """Acts that begin while something else runs."""
-
-    def run() -> None:
-        time.sleep(delay_s)
-        for act in acts:
-            act()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    return thread
-
-
 @pytest.mark.slow
-def test_a_power_cut_in_the_middle_of_a_profile_costs_only_time(board: Board, target: Target) -> None:
+@pytest.mark.parametrize("fault", [("power-cut", "power-on"), ("reset",)])
+def test_a_power_cut_or_a_reboot_in_the_middle_of_a_profile_costs_only_time(
+    board: Board, target: Target, fault: tuple[str, ...]
+) -> None:
     before = layers(target, 1)
-    cut = during(0.5, lambda: board.act("power-cut"), lambda: board.act("power-on"))
+    cut = during(0.5, *(partial(board.act, action) for action in fault))
     after = layers(target, 12)
     cut.join()
     assert max(abs(np.array(after) / before[0] - 1)) <= 0.01
-
-
-def installed(host: Ssh, tmp_path: Path, step: str, size_bytes: int = 200_000) -> str:
-    return deploy.install(host, *models.package(tmp_path, step, size_bytes), "models/faults").version
-
-
-def works(host: Ssh) -> bool:
-    """Does `current` lead to a model that answers as recorded? Asked of the device, by a rollback to nowhere else."""
-    program = host.run(["sh", "-c", "ls -t .cache/edgeprune/*/edgeprune-*.pyz"], 60).split()[0]
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from device import smoke; sys.exit(smoke.main(sys.argv[2]))"
-    host.run(["python3", "-c", code, program, "models/faults/current"], 120)
-    return True
 
 
 @pytest.mark.slow
@@ -263,3 +255,69 @@ def test_a_model_is_timed_by_the_path_that_layers_are_timed_by(target: Target, t
     artifact = Artifact(str(files["model.tflite"]), (), "", 0, "tflite", "f32")
     first, second = target.time([artifact, artifact], 5, 5, 0.0, 5.0)
     assert abs(first.median_ms / second.median_ms - 1) <= 0.02
+
+
+# ---- a full card, a bad network --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_card_that_is_full_is_said_and_what_is_installed_works_on(
+    board: Board, host: Ssh, target: Target, tmp_path: Path
+) -> None:
+    before = layers(target, 1)
+    first, second = (installed(host, tmp_path, step, folder="models/full") for step in ("A", "B"))
+    host.run(["python3", "-c", FILL], 120)
+    try:
+        with pytest.raises((DeployError, TargetError), match=r"make room|delete something"):
+            installed(host, tmp_path, "C", folder="models/full")
+        with pytest.raises(TargetError, match=r"does not fit into .*make room on the device"):
+            host.put(models.package(tmp_path, "D")[0]["weights.bin"])
+        with (
+            contextlib.closing(Ssh("board", board.config, "elsewhere")) as new,
+            pytest.raises(TargetError, match=r"No space left on device.*make room on the device"),
+        ):
+            new.start("tflite")  # the device program itself finds no room
+        with contextlib.suppress(DeployError):
+            deploy.rollback(host, "models/full")
+        assert deploy.versions(host, "models/full")[0].name == second
+        assert works(host, "models/full")
+        assert layers(target, 1) == pytest.approx(before, rel=0.01)  # measuring needs no room
+    finally:
+        host.run(["rm", "filler"], 60)
+    assert installed(host, tmp_path, "C", folder="models/full") > second > first
+
+
+@pytest.mark.slow
+def test_packets_that_are_lost_and_late_only_cost_time(board: Board, target: Target, tmp_path: Path) -> None:
+    """The board's kernel holds every packet that it sends for 300 ms and drops one in thirty."""
+    before = layers(target, 1)
+    board.as_root("tc qdisc add dev eth0 root netem delay 300ms loss 3%")
+    try:
+        sections = {"pi": {"kind": "tflite", "host": "board", "ssh_config": str(board.config)}}
+        with contextlib.closing(open_target("pi", sections)) as far:
+            assert layers(far, 3) == pytest.approx([before[0]] * 3, rel=0.01)
+            assert isinstance(far.host, Ssh)
+            version = installed(far.host, tmp_path, "far", folder="models/far")
+            assert works(far.host, "models/far")
+            assert deploy.versions(far.host, "models/far")[0].name == version
+        counted = board.as_root("tc -s qdisc show dev eth0")
+    finally:
+        board.as_root("tc qdisc del dev eth0 root")
+    dropped = re.search(r"dropped (\d+)", counted)
+    assert dropped is not None
+    assert int(dropped[1]) > 0
+
+
+@pytest.mark.slow
+def test_a_cable_that_is_out_for_longer_than_the_link_lives_only_costs_time(
+    board: Board, host: Ssh, target: Target, tmp_path: Path
+) -> None:
+    before = layers(target, 1)
+    installed(host, tmp_path, "A", folder="models/cable")
+    out = during(0.5, lambda: board.act("unplug"), lambda: time.sleep(40), lambda: board.act("plug"))
+    after = layers(target, 12)
+    version = installed(host, tmp_path, "B", 2_000_000, folder="models/cable")
+    out.join()
+    assert max(abs(np.array(after) / before[0] - 1)) <= 0.01
+    assert deploy.versions(host, "models/cable")[0].name == version
+    assert works(host, "models/cable")

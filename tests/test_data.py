@@ -566,6 +566,17 @@ def test_the_split_is_disjoint_covers_everything_and_divides_every_class(
         assert np.abs(counts - share * np.bincount(labels, minlength=classes)).max() < 2
 
 
+def test_a_part_of_the_final_images_is_drawn_at_random_and_always_the_same(tmp_path: Path) -> None:
+    _tagged(tmp_path, np.arange(100) % 2)
+    whole, part = _split(tmp_path), _split(tmp_path, final_images=10)
+    assert part[:2] == whole[:2]
+    assert len(part[2]) == 10
+    assert set(part[2]) < set(whole[2])
+    assert part[2] != whole[2][:10]
+    assert part == _split(tmp_path, final_images=10)
+    assert _split(tmp_path, final_images=1000) == whole
+
+
 def test_another_seed_splits_differently(tmp_path: Path) -> None:
     _tagged(tmp_path, np.arange(100) % 2)
     assert _split(tmp_path, seed=1) == _split(tmp_path, seed=1)

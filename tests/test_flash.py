@@ -30,24 +30,10 @@ MOMENTS = (6, pytest.param(24, marks=pytest.mark.slow))
 pytestmark = pytest.mark.ssh
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("sshd"))
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def board(server: Server, tmp_path: Path) -> Iterator[Ssh]:
-    host = Ssh("board", server.config, str(tmp_path / "cache"))
-    yield host
-    host.close()
-
-
 @pytest.fixture
 def proxied(server: Server, tmp_path: Path) -> Iterator[tuple[Ssh, Proxy]]:
     proxy = Proxy(server.port)
-    host = Ssh("board", server.configured("proxied", port=proxy.port), str(tmp_path / "cache"))
+    host = Ssh("board", server.configured("proxied", port=proxy.port), str(tmp_path / "a cache"))
     yield host, proxy
     host.close()
     proxy.close()
@@ -72,7 +58,7 @@ def test_a_model_is_installed_listed_and_taken_back_over_the_link(board: Ssh, tm
     assert deploy.rollback(board, str(folder)).version == first
     assert (folder / "current").resolve() == folder / "versions" / first
     assert works(folder / "current")
-    assert not list((tmp_path / "cache").rglob("weights.bin"))  # a small disk holds the model once
+    assert not list((tmp_path / "a cache").rglob("weights.bin"))  # a small disk holds the model once
 
 
 def test_a_model_that_answers_wrongly_there_is_not_made_current(board: Ssh, tmp_path: Path) -> None:
@@ -96,7 +82,7 @@ def test_too_little_room_is_said_before_anything_is_sent(board: Ssh, small_disk:
     files, manifest = models.package(tmp_path, "A", 3_000_000)
     with pytest.raises(DeployError, match=r"not enough space in .*/installed: [\d,]+ bytes are needed"):
         deploy.install(board, files, manifest, str(small_disk / "installed"))
-    assert not list((tmp_path / "cache").rglob("weights.bin"))
+    assert not list((tmp_path / "a cache").rglob("weights.bin"))
 
 
 # ---- the service ---------------------------------------------------------------------------------------------
@@ -178,7 +164,7 @@ def test_two_hosts_that_flash_the_same_folder_take_turns(server: Server, tmp_pat
     found = {}
 
     def flash(step: str) -> None:
-        host = Ssh("board", server.config, str(tmp_path / "cache"))
+        host = Ssh("board", server.config, str(tmp_path / "a cache"))
         try:
             found[step] = put(host, tmp_path, step)
         finally:
@@ -248,7 +234,7 @@ def test_a_host_that_stops_answering_is_given_up(
 
 
 def flash_for_ever(config: Path, tmp_path: Path, seed: int) -> None:
-    host = Ssh("board", config, str(tmp_path / "cache"))
+    host = Ssh("board", config, str(tmp_path / "a cache"))
     choice = random.Random(seed)
     while True:
         put(host, tmp_path, choice.choice("ABC"))

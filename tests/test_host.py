@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,20 +16,6 @@ from edgeprune.errors import AgentError, LinkError, RuntimeMissing, TargetError
 from edgeprune.host import Here, Ssh
 
 pytestmark = pytest.mark.ssh
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("sshd"))
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def board(server: Server, tmp_path: Path) -> Iterator[Ssh]:
-    host = Ssh("board", server.config, str(tmp_path / "a folder" / "cache"))
-    yield host
-    host.close()
 
 
 def made(path: Path, size_bytes: int) -> Path:
@@ -46,7 +32,7 @@ def test_a_file_arrives_whole_and_is_not_sent_twice(board: Ssh, tmp_path: Path) 
     assert board.put(path) == str(there)
     assert (there.stat().st_ino, there.stat().st_mtime_ns) == written
     assert there.name == path.name
-    assert str(tmp_path / "a folder" / "cache") in str(there)
+    assert str(tmp_path / "a cache") in str(there)
 
 
 def test_what_broke_off_goes_on_where_it_was(board: Ssh, tmp_path: Path) -> None:
@@ -120,6 +106,36 @@ def test_nothing_stays_after_the_end(board: Ssh, tmp_path: Path) -> None:
     assert not board._sockets.exists()
     found = subprocess.run(["pgrep", "-fa", f"{board._session}|{board._sockets}"], capture_output=True, check=False)
     assert found.stdout == b""
+
+
+def test_a_jump_host_is_gone_through(server: Server, tmp_path: Path) -> None:
+    gate = Server(emptied(tmp_path / "gate"))
+    host = Ssh("board", through(server, gate.config), str(tmp_path / "cache"))
+    try:
+        there = Path(host.put(made(tmp_path / "model.bin", 300_000)))
+        assert there.read_bytes() == (tmp_path / "model.bin").read_bytes()
+        with host.start("tflite") as agent:
+            assert agent.call("open", 60, threads=1, xnnpack=True)["machine"]["runtime"].startswith("ai_edge_litert")
+    finally:
+        host.close()
+        gate.stop()
+    assert (gate.folder / "log").read_text().count("Accepted publickey") == 1
+
+
+def test_a_jump_host_that_refuses_is_named_and_not_the_board(server: Server, tmp_path: Path) -> None:
+    gate = Server(emptied(tmp_path / "gate"))
+    try:
+        text = refused(Ssh("board", through(server, gate.configured("denied", key="stranger"))))
+        assert re.match(r"\S+@127\.0\.0\.1, a jump host before board, refuses this user's keys", text)
+        assert re.search(r"ssh-copy-id \S+@127\.0\.0\.1$", text)
+    finally:
+        gate.stop()
+
+
+def through(server: Server, gate: Path) -> Path:
+    """A configuration in which the board is behind another host."""
+    text = gate.read_text().replace("Host board", "Host gate")
+    return server.configured("through", more=f"  ProxyJump gate\n{text}")
 
 
 # ---- the device program over the link ------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import sys
@@ -15,11 +16,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from edgeprune.profilers import litert_operators, tflite
+from sshd import Server
 from torch import Tensor, nn
 
 from edgeprune import flatbuffer, litert
 from edgeprune.agent import Agent, local_program
 from edgeprune.errors import RuntimeMissing, TraceError, UsageError
+from edgeprune.host import Ssh
 from edgeprune.link import Process
 from edgeprune.records import LayerShape
 from edgeprune.target import open_target
@@ -220,6 +223,23 @@ def test_a_network_of_several_inputs_and_planes_as_output_runs_as_in_torch(
         wanted = module(pictures, facts=facts)[0].numpy()
     assert found.shape == wanted.shape == (5, 5, 6, 8)
     assert np.abs(found - wanted).max() < 1e-5
+
+
+@pytest.mark.ssh
+def test_images_go_to_a_board_in_parts_that_do_not_pile_up_there(
+    server: Server, here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    artifact = here.export(net, torch.zeros(1, 3, 8, 8), tmp_path / "net")
+    images = np.random.default_rng(0).normal(size=(10, 3, 8, 8)).astype(np.float32)
+    whole, told = here.run(artifact, [images]), []
+    cache, module = tmp_path / "cache", importlib.import_module("edgeprune.targets.tflite")
+    monkeypatch.setattr(module, "PART_BYTES", 4 * images[0].nbytes)
+    with closing(module.Tflite("pi", module.Options(), Ssh("board", server.config, str(cache)))) as board:
+        found = board.run(artifact, [images], lambda done, of: told.append((done, of)))
+        assert not list(cache.rglob("input*"))
+    assert np.array_equal(found, whole)
+    assert told == [(0, 10), (4, 10), (8, 10)]
 
 
 def test_a_network_that_cannot_be_converted_is_refused_by_name(here: Any, tmp_path: Path) -> None:

@@ -45,13 +45,14 @@ def timing(median_ms: float, visits: int = 60) -> Timing:
     return Timing(median_ms, 0.92 * median_ms, 1.1 * median_ms, 4 * visits, samples, 0.004)
 
 
-def network(median_ms: float, correct: int, params: int, macs: int, size_bytes: int) -> NetworkCheck:
+def network(median_ms: float, correct: int, params: int, macs: int, size_bytes: int, memory: int) -> NetworkCheck:
     accuracy = Accuracy(correct, 359, correct / 359, correct / 359 - 0.02, correct / 359 + 0.005)
-    return NetworkCheck(timing(median_ms), accuracy, Agreement(64, 3.5e-7, 1.0, 1e-3), params, macs, size_bytes)
+    agreement = Agreement(64, 3.5e-7, 1.0, 1e-3)
+    return NetworkCheck(timing(median_ms), accuracy, agreement, params, macs, size_bytes, memory)
 
 
-DENSE = network(2.1269830, 356, 696_042, 105_153_792, 2_824_089)
-PRUNED = network(1.0269395, 354, 338_814, 46_936_704, 1_396_539)
+DENSE = network(2.1269830, 356, 696_042, 105_153_792, 2_824_089, 61_300_000)
+PRUNED = network(1.0269395, 354, 338_814, 46_936_704, 1_396_539, 58_720_256)
 PASSED = VerifyReport(
     Budget(None, 2.0),
     None,
@@ -206,6 +207,7 @@ def test_the_first_table_shows_the_figures_of_verify_json(tmp_path: Path) -> Non
         assert number(page.rows["params"][column]) == stored["params"]
         assert number(page.rows["macs"][column]) == pytest.approx(stored["macs"] / 1e6, abs=0.05)
         assert number(page.rows["size"][column]) == pytest.approx(stored["size_bytes"] / 1e6, abs=5e-3)
+        assert number(page.rows["memory"][column]) == pytest.approx(stored["peak_memory_bytes"] / 1e6, abs=5e-3)
     assert page.rows["latency"][3] == "2.07x faster 95 % interval 2.03 to 2.11"
     assert page.rows["accuracy"][3] == "−0.6 points"
     assert page.rows["macs"][3] == "2.24x fewer"

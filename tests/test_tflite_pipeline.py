@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,20 @@ def test_the_installed_bytes_are_the_pruned_network_in_int8(finished: Path) -> N
     with torch.inference_mode():
         wanted = module(x).numpy()
     assert np.abs(np.array(found) - wanted).max() < 0.1 * np.abs(wanted).max()
+
+
+@pytest.mark.slow
+def test_the_program_beside_an_installed_model_answers_as_torch_did(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(finished)
+    assert cli.run(["flash", "--to", str(tmp_path / "net")]) == 0
+    current = tmp_path / "net" / "current"
+    program = [sys.executable, str(current / "run.py"), str(current / "smoke_inputs.npy"), str(tmp_path / "found.npy")]
+    subprocess.run(program, check=True)
+    found, recorded = np.load(tmp_path / "found.npy"), np.load(current / "smoke_outputs.npy")
+    assert found.shape == recorded.shape
+    assert np.abs(found - recorded).max() < 0.1 * np.abs(recorded).max()
 
 
 @pytest.mark.slow

@@ -176,6 +176,7 @@ def _networks(dense: NetworkCheck, pruned: NetworkCheck, speedup: float) -> None
         ("parameters", lambda n: f"{n.params:,}", f"{dense.params / pruned.params:.2f}x fewer"),
         ("MACs", lambda n: f"{n.macs / 1e6:,.1f} M", f"{dense.macs / max(pruned.macs, 1):.2f}x fewer"),
         ("size", lambda n: f"{n.size_bytes / 1e6:.2f} MB", f"{dense.size_bytes / pruned.size_bytes:.2f}x smaller"),
+        ("peak memory of a process", _memory, ""),
     ]
     for name, of, note in rows:
         table.add_row(name, of(dense), of(pruned), note)
@@ -185,6 +186,10 @@ def _networks(dense: NetworkCheck, pruned: NetworkCheck, speedup: float) -> None
 def _accuracy(network: NetworkCheck) -> str:
     a = network.accuracy
     return "unknown" if a is None else f"{a.value:.2%} ({a.low:.2%} to {a.high:.2%}, {a.total} images)"
+
+
+def _memory(network: NetworkCheck) -> str:
+    return "unknown" if network.peak_memory_bytes is None else f"{network.peak_memory_bytes / 1e6:.1f} MB"
 
 
 def artifact(content: Mapping[str, Any]) -> None:

@@ -62,6 +62,8 @@ def load(section: DataSection, folder: Path, input_shape: Sequence[int]) -> Data
     for name, pick in zip(("train", "search", "final"), picks, strict=True):
         if not len(pick):
             raise DataError(f"the {name} part has no images: add images, or enlarge its share in data.split")
+    if section.final_images is not None:
+        picks[2] = np.sort(_shuffled(picks[2], _bits(section.seed, 3))[: section.final_images])
     mean, std = _normalisation(section, shape, train.images, picks[0])
     subsets = [Subset(sets[i], picks[i], section, mean, std) for i in range(3)]
     return Data(subsets[0], subsets[1], subsets[2], names, mean, std)

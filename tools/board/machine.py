@@ -10,11 +10,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 BOOT_S = 180
+TICKS = 10**9  # a second: of the counter that programs read the time from, one an instruction
 CONFIG = """\
 Host board board-root
   HostName 127.0.0.1
@@ -129,16 +131,23 @@ class Machine:
         if settings["slow_disk"]:
             drive += f",throttling.bps-write={settings['slow_disk']}"
         return [
-            *("qemu-system-aarch64", "-M", "virt", "-cpu", settings["cpu"], "-m", str(settings["memory_mb"])),
-            *("-icount", "shift=0,sleep=on", "-nographic", "-nodefaults", "-no-user-config"),
+            *("qemu-system-aarch64", "-M", "virt", "-cpu", f"{settings['cpu']},cntfrq={TICKS}"),
+            *("-m", str(settings["memory_mb"]), "-icount", "shift=0,sleep=on"),
+            *("-nographic", "-nodefaults", "-no-user-config"),
             *("-kernel", f"{self.built}/vmlinuz", "-initrd", f"{self.built}/initrd.gz"),
             *("-append", "console=ttyAMA0 quiet panic=-1 mitigations=off nokaslr"),
-            *("-drive", drive, "-device", "virtio-blk-device,drive=d"),
+            *(self._card(settings["card"]) if settings["card"] else ()),
+            *("-drive", drive, "-device", "virtio-blk-device,drive=d"),  # the last one is the board's first
             *("-object", "rng-random,filename=/dev/urandom,id=r", "-device", "virtio-rng-device,rng=r"),
             *("-netdev", f"user,id=n,restrict=on,hostfwd=tcp:127.0.0.1:{settings['port']}-:22"),
             *("-device", "virtio-net-device,netdev=n,id=nic"),
             *("-serial", f"file:{self.state}/console.log", "-qmp", f"unix:{self.state}/qmp,server=on,wait=off"),
         ]
+
+    def _card(self, path: str) -> Sequence[str]:
+        """The second disk, /dev/vdb; its errors are the board's to handle."""
+        drive = f"file={path},if=none,format=raw,id=c,cache=writeback,werror=report,rerror=report"
+        return "-drive", drive, "-device", "virtio-blk-device,drive=c"
 
     def _wait(self) -> None:
         port = json.loads((self.state / "settings.json").read_text())["port"]

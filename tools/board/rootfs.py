@@ -104,6 +104,7 @@ def _settings(folder: Path, keys: Path) -> None:
 def _wheels(folder: Path, version: str) -> None:
     tags = ["manylinux2014_aarch64", *(f"manylinux_2_{minor}_aarch64" for minor in GLIBC)]
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
+    command += ["--no-warn-conflicts"]  # with what this machine's own Python has
     command += ["--root-user-action=ignore", "--only-binary=:all:", "--implementation=cp", "--python-version", version]
     command += [f"--platform={tag}" for tag in tags]
     subprocess.run([*command, "--target", str(folder), *WHEELS], check=True)
