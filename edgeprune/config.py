@@ -150,6 +150,9 @@ class FinetuneSection(Section):
     temperature: PositiveFloat = 4.0
     precision: Literal["auto", "32-true", "bf16-mixed"] = Field("auto", description="auto: the faster one")
     bn_images: int = Field(1024, ge=0, description="training images for re-estimating batch norm after a cut")
+    devices: PositiveInt = Field(
+        1, description="GPUs that train together, or processes where there is none; each takes a part of every batch"
+    )
 
 
 class MagnitudeSection(Section):
