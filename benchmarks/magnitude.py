@@ -17,6 +17,7 @@ of a seed starts from the same dense network and retrains for the same number of
     l1-12        12x in one round, absolute weights instead of squares in the loss
     once-20      20x in one round
     rounds-20    20x in 5 rounds
+    local-12     LeNet-5, 12x: linear layers while convolutions are frozen, then convolutions while those are
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ from edgeprune.magnitude import masks, sparse
 
 HERE = Path(__file__).resolve().parent / "mnist"
 RESULT = "magnitude"
-ARMS = ("dense", "once-12", "random-12", "once-20", "rounds-20", "l1-12", "rounds-12")
+ARMS = ("dense", "once-12", "random-12", "once-20", "rounds-20", "l1-12", "rounds-12", "local-12")
+LOCAL = ((["0", "2"], 14.0), (["5", "7"], 3.7))  # what is frozen, and how much of the rest is pruned: 12x in all
 FIRST_SEED, HELD_OUT = 3, 10_000
 BATCH, DECAY, L1, ROUNDS = 100, 5e-4, 2e-5, 5
 Result = dict[str, Any]
@@ -147,7 +149,7 @@ def run(case: Case, arm: str, results: Mapping[str, Result]) -> Result:
         return {"reference_error": reference, "error": case.error(model), "params": params}
     if arm.startswith("random"):
         return _random(case, results[key(case, "once-12")]["kept"])
-    return _pruned(case, arm)
+    return _local(case) if arm.startswith("local") else _pruned(case, arm)
 
 
 def _pruned(case: Case, arm: str) -> Result:
@@ -170,6 +172,27 @@ def _pruned(case: Case, arm: str) -> Result:
         "rounds": [{"left": r.left, "qualities": r.qualities, "score": r.score} for r in found.rounds],
         **_smaller(case, found.model),
         **(_pixels(case, found.masks["1.weight"]) if case.net == "lenet-300-100" else {}),
+    }
+
+
+def _local(case: Case) -> Result:
+    model, held, bare = case.dense, dict[str, Tensor](), list[float]()
+
+    def retrain(model: nn.Module, number: int) -> None:
+        bare.append(case.error(model))
+        case.train(model, case.again // len(LOCAL), case.rate / 10, len(bare))
+
+    for frozen, ratio in LOCAL:
+        found = magnitude.prune(model, case.x[:1], ratio, case.judge, retrain, frozen=frozen)
+        model, held = found.model, {**held, **found.masks}
+    left, total = masks.kept(held)
+    kept = {name: float(held[name].float().mean()) for name in masks.full(model)}
+    return {
+        "error": case.error(model),
+        "error_before_retraining": bare[0],
+        "ratio": total / left,
+        "kept": kept,
+        **_smaller(case, model),
     }
 
 
@@ -269,7 +292,8 @@ def main() -> None:
     if not asked.table:
         torch.set_num_threads(1)
         seeds = range(FIRST_SEED, FIRST_SEED + asked.seeds)
-        todo = [(n, s, a) for n in asked.net or NETS for a in asked.arms for s in seeds]
+        arms = {n: [a for a in asked.arms if n == "lenet-5" or not a.startswith("local")] for n in NETS}
+        todo = [(n, s, a) for n in asked.net or NETS for a in arms[n] for s in seeds]
         todo = [t for t in todo if "/".join(map(str, t)) not in results][: asked.most]
         cases: dict[tuple[str, int], Case] = {}
         for net, seed, arm in todo:

@@ -47,6 +47,9 @@ class ModelSection(Section):
     weights: Path | None = Field(None, description="a .safetensors file, or a .pt/.pth state dict")
     input: tuple[PositiveInt, ...] = Field((1, 3, 224, 224), description="one input, batch first")
     arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the source")
+    low_rank: tuple[str, ...] = Field(
+        (), description="module paths whose layers become products, the ranks to be chosen like widths"
+    )
 
 
 class DataSection(Section):
