@@ -52,7 +52,7 @@ BISECTIONS = 9
 ARMS = ("uniform", "knapsack", "random", "tp-uniform", "tp-global")
 SETTINGS = Settings(
     batch_size=128, learning_rate=0.05, momentum=0.9, weight_decay=5e-4, distillation=0.7, temperature=4.0,
-    precision="bf16-mixed", bn_images=1024, seed=0,
+    precision="bf16-mixed", bn_images=1024, devices=1, seed=0,
 )  # fmt: skip
 
 

@@ -1,57 +1,83 @@
 """ResNet-20 on CIFAR-10 at half its measured latency: every way to choose widths, at equal evaluations and recipe.
 
-    python benchmarks/strategies.py --data DIR              search, cut, train every arm that has no result yet
-    python benchmarks/strategies.py --data DIR --search     only the searches: they share nothing with a quiet machine
-    python benchmarks/strategies.py --data DIR --latency    time the networks of all results again, in turn
+    python benchmarks/strategies.py --data DIR --search     find widths for every arm: needs no quiet machine
+    python benchmarks/strategies.py --data DIR --fit        carry them all to the measured latency: needs a quiet one
+    python benchmarks/strategies.py --data DIR              train and judge what has been carried there
+    python benchmarks/strategies.py --data DIR --latency    time the networks of all results, in one session
+    python benchmarks/strategies.py --data DIR --rates      evaluations a minute with one and with two workers
     python benchmarks/strategies.py --table                 the tables of what there is
 
-Arms: knapsack, uniform and one random draw, which judge nothing; rl, rl with rate 0 (the same samples without
-learning), a flat random search, and genetic, which judge the same number of different networks on images of the search
-split (batch norm re-estimated). Each arm's plan is carried to the same measured latency. Accuracy is of the final half
-of the test images, with batch norm re-estimated, and after the same short training with distillation. The table's
-correction is measured once and kept, so that a search that was stopped goes on with the same costs.
+Arms: uniform, knapsack, magnitude and soft, which give one plan for all seeds; random, one draw a seed; and four that
+judge the same number of different networks on images of the search split, anew for each seed: rl, rl with rate 0 (the
+same samples without learning), random-search, genetic. Before a candidate is judged its batch norm is re-estimated on
+256 images. Accuracy is of the final half of the test images, with batch norm re-estimated on 1,024 images, and after
+the same short training with distillation. Every piece is kept, and one that was stopped goes on. The table's correction
+is measured once and kept, so that a search that goes on has the same costs.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import cifar10
-import numpy as np
 import record
+import strategies_tables as tables
 import torch
 from cifar10 import EXAMPLE, SETTINGS, Case
+from strategies_tables import ARMS, FOLDER, ONCE, TRIED
 
-from edgeprune import allocate, allocators, finetune, importance, measure, planning, search
+from edgeprune import allocate, allocators, finetune, importance, measure, search, shaping
 from edgeprune.allocate import Allocator, Costs
-from edgeprune.config import RLSection, SearchSection
+from edgeprune.config import MagnitudeSection, RLSection, SearchSection, SoftSection
 from edgeprune.finetune import Settings
+from edgeprune.importance import Importance
 from edgeprune.records import Evaluation
 from edgeprune.runs import Run
-from edgeprune.search import Space, Subject
-from edgeprune.surgery import cut
+from edgeprune.search import Space, Subject, workers
 from edgeprune.task import Classification
 from edgeprune.watch import Silent
 
-FOLDER = "strategies"
-TRIED = ("rl", "rl-rate-0", "random-search", "genetic")
-ARMS = ("uniform", "random", "knapsack", *TRIED)
-BN_IMAGES = 512  # of a candidate; a finished arm has those of the recipe
+BN_IMAGES = 256  # of a candidate; a finished arm has those of the recipe
 NEAR = 0.02  # latencies of the arms
+ROUNDS = 4  # of carrying plans to the measured latency
+SESSION_S = 45.0  # of timing all of them in turn
+DRAWS = 20  # of random widths, judged before training only
+
+
+class Judged(Classification):
+    """The task with the last two axes inside, which halves what judging a network takes, and a training by batches."""
+
+    def __init__(self, case: Case, seed: int, batches: int) -> None:
+        images, settings = case.images, Settings(**{**asdict(SETTINGS), "seed": seed})
+        super().__init__(images.train, images.search, images.final, settings, 0, 0)
+        self.count = batches
+
+    def adapt(self, model: torch.nn.Module) -> None:
+        _inside(model)
+        finetune.reestimate_batch_norm(model, islice(self.batches(), BN_IMAGES // SETTINGS.batch_size))
+
+    def judge(self, model: torch.nn.Module, images: int) -> Evaluation:
+        return super().judge(_inside(model), images)
+
+    def train(
+        self, student: torch.nn.Module, teacher: torch.nn.Module, last: bool, folder: Path, progress: Any
+    ) -> list[finetune.Epoch]:
+        short(student, teacher, self._train, self.settings.seed, self.count)
+        return []
 
 
 class Comparison:
     """The case with costs that stay the same from one start to the next."""
 
     def __init__(self, case: Case, options: argparse.Namespace) -> None:
-        self.case, self.speedup, self.options = case, options.speedup, options
+        self.case, self.options = case, options
         setup = record.load(f"{FOLDER}/setup")
         if setup is None:
             plans = [dict(allocate.floor(case.costs).widths), *measure.samples(case.costs.candidates, 4, 0)]
@@ -60,116 +86,226 @@ class Comparison:
             setup = {"known": known, "dense_ms": case.bench.reference_ms}
             record.save(f"{FOLDER}/setup", setup)
         self.costs: Costs = measure.calibrate(case.costs, [(units, ms) for units, ms in setup["known"]])[0]
-        self.budget_ms = setup["dense_ms"] / self.speedup
-        self.path = record.RESULTS / FOLDER
+        self.dense_ms: float = setup["dense_ms"]
 
-    def name(self, arm: str, seed: int) -> str:
-        tried = f"-{self.options.evaluations}" if arm in TRIED else ""
-        return f"{arm}{tried}-{self.speedup:g}x-seed{seed}"
+    def names(self) -> list[tuple[str, float, int]]:
+        """(arm, share of the dense latency, seed) of everything that is asked for."""
+        return [(a, share, seed) for share in self.options.share for seed in self.options.seeds for a in _arms(self)]
 
-    def search(self, arm: str, seed: int) -> dict[str, Any]:
+    # ---- finding widths ----
+
+    def search(self, arm: str, share: float, seed: int) -> dict[str, Any]:
         """The arm's widths at the budget as predicted, judged on the search images; kept."""
-        name = f"{FOLDER}/searches/{self.name(arm, seed)}"
+        if arm in ONCE:
+            seed = 0
+        name = f"{FOLDER}/searches/{tables.name(arm, share, seed)}"
         known = record.load(name)
         if known is None:
-            units, found = self._tried(arm, seed) if arm in TRIED else self._planned(arm, seed)
+            began = time.process_time()
+            units, found, more = self._found(arm, share, seed)
             known = {
-                "arm": arm, "seed": seed, "speedup": self.speedup, "widths": units, "loss": found.loss,
-                "accuracy": found.accuracy, "predicted_ms": self.costs.predict_ms(units),
-                "evaluations": self.options.evaluations if arm in TRIED else 0, "images": self.options.images,
+                "arm": arm, "seed": seed, "share": share, "widths": units, "loss": found.loss,
+                "accuracy": found.accuracy, "predicted_ms": self.costs.predict_ms(units), "images": self.options.images,
+                "processor_seconds": time.process_time() - began, **more,
             }  # fmt: skip
             record.save(name, known)
             print(f"{name}: loss {found.loss:.4f}, accuracy {found.accuracy:.2%}", flush=True)
         return known
 
-    def _planned(self, arm: str, seed: int) -> tuple[Mapping[str, int], Evaluation]:
-        plan = allocators.named(arm, seed)(self.costs, self.case.scores, self.budget_ms)
-        return plan.widths, self._subject(arm, seed).judge(plan.widths, self.options.images)
+    def _found(self, arm: str, share: float, seed: int) -> tuple[dict[str, int], Evaluation, dict[str, Any]]:
+        subject, budget_ms = self.subject(arm, share, seed), share * self.dense_ms
+        if arm in TRIED:
+            return self._tried(subject, arm, budget_ms, seed)
+        if arm in shaping.NAMES:
+            shape = self._shape(subject, arm, budget_ms)
+            plan = allocators.scaled(shape.shares, self.costs, shape.scores, budget_ms)
+            scores = {"scores": {g: s.tolist() for g, s in shape.scores.items()}} if arm == "magnitude" else {}
+            subject = self.subject(arm, share, seed, shape.scores)
+            return dict(plan.widths), subject.judge(plan.widths, self.options.images), scores
+        plan = allocators.named(arm, seed)(self.costs, self.case.scores, budget_ms)
+        return dict(plan.widths), subject.judge(plan.widths, self.options.images), {}
 
-    def _tried(self, arm: str, seed: int) -> tuple[Mapping[str, int], Evaluation]:
+    def _tried(
+        self, subject: Subject, arm: str, budget_ms: float, seed: int
+    ) -> tuple[dict[str, int], Evaluation, dict[str, Any]]:
         settings = SearchSection(  # type: ignore[call-arg]
             evaluations=self.options.evaluations,
             images=self.options.images,
             workers=self.options.workers,
             rl=RLSection(rate=0.0 if arm == "rl-rate-0" else 0.5),  # type: ignore[call-arg]
         )
-        space = Space(self.costs, self.case.scores, (self.budget_ms,))
+        path = subject.run.path(search.JOURNAL)
+        before = len(list(search.journal.read(path))) if path.exists() else 0
+        space = Space(self.costs, self.case.scores, (budget_ms,))
         strategy = "rl" if arm == "rl-rate-0" else arm
-        found = search.find(self._subject(arm, seed), space, strategy, settings, 1, seed, Silent())
-        return found.units, found.evaluation
+        found = search.find(subject, space, strategy, settings, 1, seed, Silent())
+        judged = list(search.journal.read(path))
+        curve = tables.best_so_far([(self.costs.predict_ms(space.units(k)), e.loss) for k, e in judged], budget_ms)
+        more = {"evaluations": len(judged), "judged_now": len(judged) - before, "best_so_far": curve}
+        return dict(found.units), found.evaluation, more
 
-    def _subject(self, arm: str, seed: int) -> Subject:
-        case, images = self.case, self.case.images
-        task = Classification(
-            images.train, images.search, images.final, Settings(**{**asdict(SETTINGS), "bn_images": BN_IMAGES}), 0, 0
-        )
-        folder = Run(self.path / "journals" / self.name(arm, seed))
-        return Subject(case.dense, case.graph, case.dense, {}, case.scores, task, folder)
+    def _shape(self, subject: Subject, arm: str, budget_ms: float) -> shaping.Shape:
+        images = self.options.images
+        if arm == "magnitude":
+            return shaping.by_magnitude(subject, MagnitudeSection(images=images), Silent())  # type: ignore[call-arg]
+        settings = SoftSection(images=images)  # type: ignore[call-arg]
+        return shaping.by_gradient(subject, self.costs, budget_ms, (), {}, settings, Silent())
 
-    def run(self, arm: str, seed: int) -> None:
-        """Search, carry the widths to the measured latency, judge, train, judge."""
-        name = f"{FOLDER}/{self.name(arm, seed)}"
-        found = self.search(arm, seed)
-        if self.options.search or record.load(name) is not None:
+    def subject(self, arm: str, share: float, seed: int, scores: Importance | None = None) -> Subject:
+        case, task = self.case, Judged(self.case, 0, self.options.batches)
+        folder = Run(record.RESULTS / FOLDER / "journals" / tables.name(arm, share, seed))
+        return Subject(case.dense, case.graph, case.dense, {}, scores or case.scores, task, folder)
+
+    def draws(self, share: float) -> None:
+        """What random widths lose before training: the bar for plans that judge nothing."""
+        name = f"{FOLDER}/draws-{share:g}"
+        if record.load(name) is None:
+            subject, losses = self.subject("random", share, 0), []
+            for seed in range(100, 100 + DRAWS):
+                plan = allocators.named("random", seed)(self.costs, self.case.scores, share * self.dense_ms)
+                losses.append(subject.judge(plan.widths, self.options.images).loss)
+            record.save(name, {"share": share, "losses": losses})
+
+    # ---- carrying them to the measured latency ----
+
+    def fit(self) -> None:
+        """All plans that are off are made again for another predicted budget, and timed in turn with the dense one."""
+        found = {tables.name(*n): (n, self.search(*n)) for n in self._distinct()}
+        for _ in range(ROUNDS):
+            plans = {name: record.load(f"{FOLDER}/plans/{name}") for name in found}
+            off = [name for name, plan in plans.items() if plan is None or abs(plan["ratio"] - 1) > NEAR / 2]
+            if not off:
+                return
+            made = {name: self._made(*found[name], plans[name]) for name in off}
+            timed = self._timed([(plan["widths"], found[name][1]) for name, plan in made.items()])
+            for (name, plan), ms in zip(made.items(), timed[1:], strict=True):
+                ratio = ms.median_ms / timed[0].median_ms / found[name][0][1]
+                attempts = [
+                    *plan["attempts"],
+                    {"budget_ms": plan["budget_ms"], "widths": plan["widths"], "ratio": ratio},
+                ]
+                best = min(attempts, key=lambda a: abs(a["ratio"] - 1))
+                record.save(f"{FOLDER}/plans/{name}", {**best, "attempts": attempts})
+                print(f"{name}: {ratio:.3f} of the budget", flush=True)
+
+    def _distinct(self) -> list[tuple[str, float, int]]:
+        return list(dict.fromkeys((a, share, 0 if a in ONCE else seed) for a, share, seed in self.names()))
+
+    def _made(self, name: tuple[str, float, int], found: Mapping[str, Any], before: Any) -> dict[str, Any]:
+        arm, share, seed = name
+        budget_ms = share * self.dense_ms
+        attempts = before["attempts"] if before else []
+        if attempts:
+            budget_ms = attempts[-1]["budget_ms"] / attempts[-1]["ratio"]
+        plan = self._how(arm, seed, found)(self.costs, self.case.scores, budget_ms, ())
+        return {"widths": dict(plan.widths), "budget_ms": budget_ms, "attempts": attempts}
+
+    def _how(self, arm: str, seed: int, found: Mapping[str, Any]) -> Allocator:
+        if arm in TRIED or arm in shaping.NAMES:
+            return allocators.to_shares(allocators.shares_of(self.costs, found["widths"]))
+        return allocators.named(arm, seed)
+
+    def _timed(self, networks: list[tuple[Mapping[str, int], Mapping[str, Any]]]) -> list[measure.Timing]:
+        """The dense network, then these."""
+        case = self.case
+        artifacts = [
+            case.target.export(self.cut(widths, found), EXAMPLE, case.folder / f"timed-{at}")
+            for at, (widths, found) in enumerate(networks)
+        ]
+        return measure.time_networks([case.bench.dense, *artifacts], case.target, SESSION_S)
+
+    def cut(self, widths: Mapping[str, int], found: Mapping[str, Any]) -> torch.nn.Module:
+        case = self.case
+        scores = {g: torch.tensor(s).numpy() for g, s in found["scores"].items()} if "scores" in found else case.scores
+        return importance_cut(case, scores, widths)
+
+    # ---- training ----
+
+    def run(self, arm: str, share: float, seed: int) -> None:
+        """Judge the network at the measured latency, train it, judge it again."""
+        name = f"{FOLDER}/{tables.name(arm, share, seed)}"
+        if record.load(name) is not None:
             return
-        plan = self.plan(arm, seed, found)
-        before, after, seconds = self._trained(plan["widths"], seed)
+        found: Mapping[str, Any] = {}
+        plan: Mapping[str, Any] | None = {"widths": dict(self.costs.dense), "ratio": 1 / share}
+        if arm != "dense":
+            at = 0 if arm in ONCE else seed
+            found, plan = self.search(arm, share, seed), record.load(f"{FOLDER}/plans/{tables.name(arm, share, at)}")
+        if plan is None:
+            raise SystemExit(f"{name} has no plan at the measured latency: run --fit first")
+        before, after, seconds = self._trained(self.cut(plan["widths"], found), seed, arm == "dense")
         result = {
-            **found, **plan, "batches": self.options.batches, "accuracy_bn": before, "accuracy": after,
-            "search_loss": found["loss"], "search_accuracy": found["accuracy"], "training_seconds": seconds,
+            "arm": arm, "share": share, "seed": seed, "widths": plan["widths"], "ratio": plan["ratio"],
+            "batches": self.options.batches, "accuracy_bn": before, "accuracy": after, "training_seconds": seconds,
         }  # fmt: skip
         record.save(name, result)
         print(f"{name}: {before:.2%} -> {after:.2%} at {plan['ratio']:.3f} of the budget", flush=True)
 
-    def plan(self, arm: str, seed: int, found: Mapping[str, Any]) -> dict[str, Any]:
-        """Widths at the measured latency; kept, for the training takes as long again."""
-        name = f"{FOLDER}/plans/{self.name(arm, seed)}"
-        known = record.load(name)
-        if known is None:
-            shares = allocators.shares_of(self.costs, found["widths"])
-            how = allocators.to_shares(shares) if arm in TRIED else allocators.named(arm, seed)
-            widths, ratio = self._at_the_latency(how)
-            known = {"widths": widths, "ratio": ratio}
-            record.save(name, known)
-        return {"widths": known["widths"], "ratio": known["ratio"]}
-
-    def _at_the_latency(self, allocator: Allocator) -> tuple[dict[str, int], float]:
-        budget_ms, tried = self.budget_ms, []
-        for _ in range(planning.TRIES):
-            widths = dict(allocator(self.costs, self.case.scores, budget_ms, ()).widths)
-            ratio = self.case.ratio(self._cut(widths), self.speedup)
-            tried.append((abs(ratio - 1), ratio, widths))
-            if tried[-1][0] <= NEAR / 2:
-                break
-            budget_ms /= ratio
-        _, ratio, widths = min(tried, key=lambda t: t[0])
-        return widths, ratio
-
-    def _cut(self, widths: Mapping[str, int]) -> torch.nn.Module:
-        return cut(self.case.dense, self.case.graph, importance.best(self.case.scores, widths))
-
-    def _trained(self, widths: Mapping[str, int], seed: int) -> tuple[float, float, float]:
+    def _trained(self, module: torch.nn.Module, seed: int, dense: bool) -> tuple[float, float, float]:
         """(accuracy with batch norm alone, accuracy after the short training, its seconds) on the final images."""
-        case, torch_seed = self.case, seed
-        torch.manual_seed(torch_seed)
-        module = self._cut(widths)
-        batches = list(case.images.train.batches(128, shuffle_seed=10_000 + seed, augment=True))[:8]
-        finetune.reestimate_batch_norm(module, batches)
+        case = self.case
+        _inside(module)
+        if not dense:
+            batches = case.images.train.batches(SETTINGS.batch_size, shuffle_seed=10_000 + seed, augment=True)
+            finetune.reestimate_batch_norm(module, islice(batches, SETTINGS.bn_images // SETTINGS.batch_size))
         before = finetune.accuracy(module, case.images.final)
-        began = time.monotonic()
-        _short(module, case, seed, self.options.batches)
-        return before, finetune.accuracy(module, case.images.final), time.monotonic() - began
+        began = time.process_time()
+        short(module, case.teacher(seed), case.images.train, seed, self.options.batches)
+        return before, finetune.accuracy(module, case.images.final), time.process_time() - began
+
+    # ---- latencies and rates ----
+
+    def time_results(self) -> None:
+        """All networks in turn, in one session."""
+        found = {name: r for name, r in tables.results().items() if r["arm"] != "dense"}
+        distinct = {tables.key(r): r for r in found.values()}
+        dense, *timed = self._timed([(r["widths"], self._search_of(r)) for r in distinct.values()])
+        known = dict(zip(distinct, timed, strict=True))
+        for name, result in found.items():
+            timing = known[tables.key(result)]
+            own = {"latency_ms": timing.median_ms, "p10_ms": timing.p10_ms, "p90_ms": timing.p90_ms}
+            noise = {"noise": measure.spread([dense, *timed])}
+            record.save(f"{FOLDER}/{name}", {**result, **own, **noise, "dense_ms": dense.median_ms})
+            print(f"{name}: {timing.median_ms / dense.median_ms:.3f} of the dense latency", flush=True)
+
+    def _search_of(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        return self.search(result["arm"], result["share"], result["seed"])
+
+    def rates(self, count: int = 24) -> None:
+        """The same candidates judged by one process and by two workers, in turn; answers must be the same."""
+        subject = self.subject("random", 0.5, 0)
+        asked = [
+            allocators.named("random", 200 + at)(self.costs, self.case.scores, 0.5 * self.dense_ms).widths
+            for at in range(count)
+        ]
+        minutes: dict[int, list[float]] = {1: [], 2: []}
+        answers: dict[int, list[Evaluation]] = {}
+        for number in (1, 2, 1, 2):
+            settings = SearchSection(images=self.options.images, workers=number)  # type: ignore[call-arg]
+            with workers.judges(subject, settings) as judges:
+                list(judges(asked[:number]))  # workers have started when these are back
+                began = time.monotonic()
+                answers[number] = [e for _, e in sorted(judges(asked), key=lambda found: found[0])]
+                minutes[number].append(count / (time.monotonic() - began) * 60)
+        if answers[1] != answers[2]:
+            raise RuntimeError("two workers did not answer as one process does")
+        record.save(f"{FOLDER}/rates", {"evaluations": count, "images": self.options.images, "per_minute": minutes})
 
 
-def _short(module: torch.nn.Module, case: Case, seed: int, count: int) -> None:
+def importance_cut(case: Case, scores: Importance, widths: Mapping[str, int]) -> torch.nn.Module:
+    from edgeprune.surgery import cut
+
+    return cut(case.dense, case.graph, importance.best(scores, widths))
+
+
+def short(module: torch.nn.Module, teacher: torch.nn.Module, train: finetune.Images, seed: int, count: int) -> None:
     """The recipe of benchmarks/cifar10.py over so many batches instead of an epoch."""
     optimiser = torch.optim.SGD(
         module.parameters(), lr=SETTINGS.learning_rate, momentum=SETTINGS.momentum,
         weight_decay=SETTINGS.weight_decay, nesterov=True,
     )  # fmt: skip
-    teacher = case.teacher(seed)
     module.train()
-    batches = case.images.train.batches(SETTINGS.batch_size, shuffle_seed=1000 * seed, augment=True)
+    batches = train.batches(SETTINGS.batch_size, shuffle_seed=1000 * seed, augment=True)
     for at, (x, y) in zip(range(count), batches, strict=False):
         for group in optimiser.param_groups:
             group["lr"] = finetune.cosine(SETTINGS.learning_rate, at, count)
@@ -184,70 +320,32 @@ def _short(module: torch.nn.Module, case: Case, seed: int, count: int) -> None:
     module.eval()
 
 
-# ---- what there is -------------------------------------------------------------------------------------------
+def _inside(module: torch.nn.Module) -> torch.nn.Module:
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-def results() -> dict[str, dict[str, Any]]:
-    paths = sorted((record.RESULTS / FOLDER).glob("*seed*.json"))
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+def _arms(comparison: Comparison) -> list[str]:
+    return [arm for arm in comparison.options.arms if arm != "dense"]
 
 
-def time_results(comparison: Comparison) -> None:
-    """All networks in turn, in one session."""
-    found, case = results(), comparison.case
-    artifacts = [
-        case.target.export(comparison._cut(result["widths"]), EXAMPLE, case.folder / f"result-{at}")
-        for at, result in enumerate(found.values())
-    ]
-    dense, *timed = measure.time_networks([case.bench.dense, *artifacts], case.target, 240.0)
-    for (stem, result), timing in zip(found.items(), timed, strict=True):
-        own = {"latency_ms": timing.median_ms, "p10_ms": timing.p10_ms, "p90_ms": timing.p90_ms}
-        record.save(f"{FOLDER}/{stem}", {**result, **own, "dense_ms": dense.median_ms})
-
-
-def searches() -> str:
-    """What each arm reached at the predicted budget, on the images that a search may look at."""
-    paths = sorted((record.RESULTS / FOLDER / "searches").glob("*.json"))
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    rows = [
-        [r["arm"], str(r["seed"]), str(r["evaluations"]), f"{r['loss']:.3f}", f"{r['accuracy']:.1%}",
-         f"{r['predicted_ms']:.4f}"]
-        for r in sorted(found, key=lambda r: r["loss"])
-    ]  # fmt: skip
-    header = ["arm", "seed", "networks judged", "loss, search images", "accuracy, search images", "predicted ms"]
-    return record.table(header, rows)
-
-
-def summary() -> str:
-    """Means and spreads over the seeds, on the final images."""
-    found = results().values()
-    rows = []
-    for speedup in sorted({r["speedup"] for r in found}):
-        for arm in ARMS:
-            runs = [r for r in found if r["arm"] == arm and r["speedup"] == speedup]
-            if runs:
-                rows.append(_row(arm, speedup, runs))
-    header = [
-        "arm", "seeds", "networks judged", "loss, search images", "latency", "accuracy, BN only", "after training",
-    ]  # fmt: skip
-    return record.table(header, rows)
-
-
-def _row(arm: str, speedup: float, runs: list[dict[str, Any]]) -> list[str]:
-    def spread(key: str, scale: float = 100, digits: int = 2) -> str:
-        if key not in runs[0]:
-            return ""
-        values = scale * np.array([r[key] for r in runs])
-        wide = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-        return f"{values.mean():.{digits}f}{wide}"
-
-    timed = [r for r in runs if "latency_ms" in r]
-    share = np.mean([r["latency_ms"] / r["dense_ms"] for r in timed]) if timed else np.mean([r["ratio"] for r in runs])
-    latency = f"{share:.3f} of dense" if timed else f"{share / speedup:.3f} of dense"
-    judged = str(runs[0].get("evaluations", 0))
-    return [
-        arm, str(len(runs)), judged, spread("search_loss", 1, 3), latency, spread("accuracy_bn"), spread("accuracy"),
-    ]  # fmt: skip
+def work(comparison: Comparison, options: argparse.Namespace) -> None:
+    if options.search:
+        for share in options.share:
+            comparison.draws(share)
+        for name in comparison.names():
+            comparison.search(*name)
+    elif options.fit:
+        comparison.fit()
+    elif options.latency:
+        comparison.time_results()
+    elif options.rates:
+        comparison.rates()
+    else:
+        for name in comparison.names():
+            comparison.run(*name)
+        if "dense" in options.arms:
+            for seed in options.seeds:
+                comparison.run("dense", 1.0, seed)
 
 
 def main() -> None:
@@ -255,15 +353,17 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with cifar10_*.npz and the adapted checkpoints")
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--speedup", type=float, default=2.0)
+    parser.add_argument("--share", type=float, nargs="*", default=[0.5], help="of the dense latency")
     parser.add_argument("--evaluations", type=int, default=300)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--batches", type=int, default=100, help="of 128 images, of the short training")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2, help="of training")
-    parser.add_argument("--search", action="store_true", help="only search")
-    parser.add_argument("--latency", action="store_true", help="time the networks of all results again, in turn")
-    parser.add_argument("--table", action="store_true", help="print the table of what there is")
+    parser.add_argument("--search", action="store_true", help="find widths for every arm")
+    parser.add_argument("--fit", action="store_true", help="carry them to the measured latency")
+    parser.add_argument("--latency", action="store_true", help="time the networks of all results in one session")
+    parser.add_argument("--rates", action="store_true", help="evaluations a minute with one and two workers")
+    parser.add_argument("--table", action="store_true", help="print the tables of what there is")
     options = parser.parse_args()
     if not options.table:
         if options.data is None or not (options.data / "cifar10_train.npz").exists():
@@ -272,16 +372,10 @@ def main() -> None:
         torch.set_num_threads(options.threads)
         case = cifar10.Case(20, options.data)
         try:
-            comparison = Comparison(case, options)
-            if options.latency:
-                time_results(comparison)
-            else:
-                for seed in options.seeds:
-                    for arm in options.arms:
-                        comparison.run(arm, seed)
+            work(Comparison(case, options), options)
         finally:
             case.close()
-    print(searches(), summary(), sep="\n\n")
+    print(tables.all_of_them())
 
 
 if __name__ == "__main__":

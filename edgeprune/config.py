@@ -47,6 +47,9 @@ class ModelSection(Section):
     weights: Path | None = Field(None, description="a .safetensors file, or a .pt/.pth state dict")
     input: tuple[PositiveInt, ...] = Field((1, 3, 224, 224), description="one input, batch first")
     arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the source")
+    low_rank: tuple[str, ...] = Field(
+        (), description="module paths whose layers become products, the ranks to be chosen like widths"
+    )
 
 
 class DataSection(Section):
@@ -153,6 +156,9 @@ class FinetuneSection(Section):
     temperature: PositiveFloat = 4.0
     precision: Literal["auto", "32-true", "bf16-mixed"] = Field("auto", description="auto: the faster one")
     bn_images: int = Field(1024, ge=0, description="training images for re-estimating batch norm after a cut")
+    devices: PositiveInt = Field(
+        1, description="GPUs that train together, or processes where there is none; each takes a part of every batch"
+    )
 
 
 class MagnitudeSection(Section):

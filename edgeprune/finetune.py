@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import files
+from . import files, together
 from .errors import RunError
 from .records import Evaluation, Progress
 
 FORMAT = "edgeprune.epoch/1"
+BEST = "best.safetensors"
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -45,6 +46,7 @@ class Settings:
     temperature: float
     precision: str
     bn_images: int
+    devices: int
     seed: int
 
 
@@ -161,6 +163,27 @@ def train(
     if epochs == 0:
         return []
     fabric = _fabric(student, train_images, settings)
+    arguments = (student, teacher, train_images, search_images, epochs, settings, folder)
+    if settings.devices == 1:
+        history = _train(fabric, *arguments, progress)
+    else:
+        history = together.launch(fabric, _train, *arguments)
+    load_state(student, read_tensors(folder / BEST), folder)
+    return history
+
+
+def _train(
+    fabric: Any,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    train_images: Images,
+    search_images: Images,
+    epochs: int,
+    settings: Settings,
+    folder: Path,
+    progress: Progress | None = None,
+) -> list[Epoch]:
+    """In each of the processes that train together; the first one judges and writes."""
     optimiser = torch.optim.SGD(
         student.parameters(),
         lr=settings.learning_rate,
@@ -179,26 +202,29 @@ def train(
         began, losses = time.monotonic(), []
         student.train()
         batches = train_images.batches(settings.batch_size, shuffle_seed=settings.seed * 1000 + epoch, augment=True)
-        for at, (x, y) in enumerate(batches):
+        for at, batch in enumerate(batches):
             for group in optimiser.param_groups:
                 group["lr"] = cosine(settings.learning_rate, epoch * per_epoch + at, epochs * per_epoch)
-            x, y = fabric.to_device((x, y))
+            mine = together.part(fabric, *batch)
+            if mine is None:
+                continue
+            x, y = fabric.to_device(mine[:2])
             with torch.no_grad(), fabric.autocast():
                 target = teacher(x).float() if teacher is not None else x
-            loss = distillation_loss(model(x).float(), target, y, share, settings.temperature)
+            loss = mine[2] * distillation_loss(model(x).float(), target, y, share, settings.temperature)
             wrapped.zero_grad()
             fabric.backward(loss)
             wrapped.step()
-            losses.append(float(loss.detach()))
+            losses.append(float(fabric.all_reduce(loss.detach())))
             if progress is not None:
                 progress(epoch * per_epoch + at + 1, epochs * per_epoch)
         mean = sum(losses) / max(len(losses), 1)
         if not math.isfinite(mean):
             raise RunError(f"the loss is {mean} in epoch {epoch + 1}; lower finetune.learning_rate")
-        reached = Epoch(epoch + 1, mean, accuracy(student, search_images), time.monotonic() - began)
-        history.append(reached)
-        checkpoint.save(history)
-    checkpoint.load_best(history)
+        if fabric.is_global_zero:
+            reached = Epoch(epoch + 1, mean, accuracy(student, search_images), time.monotonic() - began)
+            history.append(reached)
+            checkpoint.save(history)
     return history
 
 
@@ -211,14 +237,11 @@ def cosine(peak: float, step: int, steps: int) -> float:
 
 
 def _fabric(model: nn.Module, images: Images, settings: Settings) -> Any:
-    from lightning_fabric import Fabric
-
     precision: Any = settings.precision
     if precision == "auto":
         precision = _faster_precision(model, images, settings)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it reports its precision each time
-    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    return Fabric(accelerator=accelerator, devices=1, precision=precision)
+    return together.fabric(settings.devices, precision)
 
 
 def _faster_precision(model: nn.Module, images: Images, settings: Settings) -> str:
@@ -253,7 +276,7 @@ class _Checkpoint:
         state = self.model.state_dict()
         best = max(range(len(history)), key=lambda i: history[i].search_accuracy)
         if best == len(history) - 1:
-            save_tensors(state, self.folder / "best.safetensors")
+            save_tensors(state, self.folder / BEST)
         momentum = {
             f"momentum.{n}": self.optimiser.state[p]["momentum_buffer"]
             for n, p in self.model.named_parameters()
@@ -278,9 +301,6 @@ class _Checkpoint:
             if f"momentum.{name}" in saved:
                 self.optimiser.state[parameter]["momentum_buffer"] = saved[f"momentum.{name}"].clone()
         return [Epoch(**epoch) for epoch in content["epochs"]]
-
-    def load_best(self, history: list[Epoch]) -> None:
-        load_state(self.model, read_tensors(self.folder / "best.safetensors"), self.folder)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import userfile
+from . import lowrank, userfile
 from .config import ModelSection
 from .errors import ModelError
 
@@ -30,7 +30,7 @@ def load(section: ModelSection, folder: Path) -> nn.Module:
     model = build(section.source, section.arguments, folder)
     if section.weights is not None:
         load_weights(model, folder / section.weights)
-    model.eval()
+    model = lowrank.factored(model, section.low_rank).eval() if section.low_rank else model.eval()
     try:
         with torch.inference_mode():
             model(example_of(section))

@@ -233,6 +233,25 @@ def test_rounds_prune_by_equal_factors_and_end_at_the_same_size(trained: nn.Modu
         assert bool((pruned.model.get_parameter(name)[~mask] == 0).all())
 
 
+def test_frozen_layers_are_neither_pruned_nor_trained_and_the_others_are_afterwards(trained: nn.Module) -> None:
+    """Han et al.: linear layers while convolutions are frozen, and then the other way round."""
+    before = copy.deepcopy(trained.state_dict())
+    first = magnitude.prune(trained, torch.randn(1, 64), 8, score, lambda m, r: fit(m, 2, 0.02), frozen=["0"])
+    assert first.masks.keys() == {"2.weight", "4.weight"}
+    for name in ("0.weight", "0.bias"):
+        assert torch.equal(first.model.get_parameter(name), before[name])
+    assert not torch.equal(first.model.get_parameter("2.bias"), before["2.bias"])
+    assert first.rounds[0].left == pytest.approx((100 * 50 + 50 * 10) / 8, rel=0.04)
+    assert all(p.requires_grad for p in first.model.parameters())
+    second = magnitude.prune(first.model, torch.randn(1, 64), 8, score, lambda m, r: fit(m, 2, 0.02), frozen=["2", "4"])
+    for name, mask in first.masks.items():
+        assert torch.equal(second.model.get_parameter(name), first.model.get_parameter(name))
+        assert bool((second.model.get_parameter(name)[~mask] == 0).all())
+    assert not torch.equal(second.model.get_parameter("0.bias"), before["0.bias"])
+    with pytest.raises(UsageError, match="nothing is left to prune beside 0, 2, 4"):
+        magnitude.prune(trained, torch.randn(1, 64), 8, score, lambda m, r: None, frozen=["0", "2", "4"])
+
+
 # ---- dead neurons --------------------------------------------------------------------------------------------
 
 

@@ -28,7 +28,7 @@ from edgeprune.watch import Silent
 
 SETTINGS = Settings(
     batch_size=50, learning_rate=0.02, momentum=0.9, weight_decay=5e-4, distillation=0.0, temperature=4.0,
-    precision="32-true", bn_images=400, seed=0,
+    precision="32-true", bn_images=400, devices=1, seed=0,
 )  # fmt: skip
 LITTLE = MagnitudeSection(ratio=12.0, images=200)
 

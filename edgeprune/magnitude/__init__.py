@@ -76,6 +76,7 @@ def prune(
     rounds: int = 1,
     l1: float = 0.0,
     progress: Progress | None = None,
+    frozen: Sequence[str] = (),
 ) -> Pruned:
     """Prune to 1 / `ratio` of the weights, in `rounds` that each prune by the same factor and retrain.
 
@@ -92,17 +93,21 @@ def prune(
         l1: weight of the absolute weights in the loss. The paper finds decay by squares, which is the loop's own,
             better once there is retraining.
         progress: told (rounds done, of).
+        frozen: module paths that are neither pruned nor trained, and do not count: the paper prunes linear layers while
+            convolutions are frozen, and then convolutions while those are.
     Raises:
-        UsageError: a ratio of 1 or less, no rounds, or a ratio that leaves a layer without a weight.
+        UsageError: nothing to prune, a ratio of 1 or less, no rounds, or a ratio that leaves a layer without a weight.
     """
     if ratio <= 1 or rounds < 1:
         raise UsageError(f"pruning {ratio:g}x in {rounds} rounds asks for nothing; give a ratio above 1, and rounds")
     model = copy.deepcopy(model)
-    masks = masking.full(model)
+    masks = masking.full(model, frozen)
     total = masking.kept(masks)[1]
+    if not masks:
+        raise UsageError(f"nothing is left to prune beside {', '.join(frozen) or 'layers without weights'}")
     if total / ratio < len(masks):
         raise UsageError(f"{total} weights in {len(masks)} layers cannot be pruned {ratio:g}x: a layer would be empty")
-    readers = masking.dropouts(model, example)
+    readers = {name: weight for name, weight in masking.dropouts(model, example).items() if weight in masks}
     rates = {name: float(model.get_submodule(name).p) for name in readers}  # type: ignore[arg-type]
     done: list[Round] = []
     for number in range(1, rounds + 1):
@@ -112,7 +117,7 @@ def prune(
         masking.apply(model, masks)
         masking.rescale_dropout(model, rates, readers, masks)
         before = evaluate(model)
-        with masking.held(model, masks, l1):
+        with masking.held(model, masks, l1), masking.still(model, frozen):
             retrain(model, number)
         shares = {n: float(m.float().mean()) for n, m in masks.items()}
         done.append(Round(qualities, shares, masking.kept(masks)[0], before, evaluate(model), found))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,12 +18,20 @@ LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 DROPOUTS = (nn.modules.dropout._DropoutNd,)
 
 
-def full(model: nn.Module) -> dict[str, Tensor]:
+def full(model: nn.Module, frozen: Sequence[str] = ()) -> dict[str, Tensor]:
     """Masks that keep everything: one for the weight of every linear and convolution layer, in the network's order.
 
     Biases and the scales of norms are few and are never pruned.
+
+    Args:
+        model: the network.
+        frozen: paths of modules without masks.
     """
-    found = {f"{n}.weight" if n else "weight": m.weight for n, m in model.named_modules() if isinstance(m, LAYERS)}
+    found = {
+        f"{n}.weight" if n else "weight": m.weight
+        for n, m in model.named_modules()
+        if isinstance(m, LAYERS) and not _within(n, frozen)
+    }
     return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in found.items()}
 
 
@@ -81,6 +89,24 @@ def held(model: nn.Module, masks: Masks, l1: float = 0.0) -> Iterator[None]:
         for handle in handles:
             handle.remove()
         apply(model, masks)
+
+
+@contextmanager
+def still(model: nn.Module, frozen: Sequence[str]) -> Iterator[None]:
+    """While this lasts, the parameters of these modules have no gradients, so that no optimiser moves them."""
+    stopped = [p for n, p in model.named_parameters() if _within(n, frozen) and p.requires_grad]
+    for parameter in stopped:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter in stopped:
+            parameter.requires_grad_(True)
+
+
+def _within(name: str, paths: Sequence[str]) -> bool:
+    return any(name == path or name.startswith(f"{path}.") for path in paths)
 
 
 def _gradient(model: nn.Module, name: str, mask: Tensor, l1: float) -> Callable[[Tensor], Tensor]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from .. import userfile
 from ..config import SearchSection
 from ..errors import UsageError, WorkerError
 from ..records import Evaluation
@@ -19,7 +20,6 @@ from .subject import Subject, one_thread
 from .trying import Judges
 
 RETRIES = 3  # a candidate that kills this many workers is at fault itself
-USERS = "edgeprune_user_"  # modules of the user's own files: they travel with the network
 
 
 @contextmanager
@@ -74,7 +74,7 @@ class _Pool:
     def __init__(self, ray: Any, subject: Subject, settings: SearchSection) -> None:
         self.ray, self.settings = ray, settings
         for name, module in list(sys.modules.items()):
-            if name.startswith(USERS):
+            if name.startswith(userfile.PREFIX):  # the user's own files travel with the network
                 ray.cloudpickle.register_pickle_by_value(module)
         self.subject = ray.put(subject)
         self.idle = [self._worker() for _ in range(settings.workers)]

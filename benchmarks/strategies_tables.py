@@ -1,0 +1,119 @@
+"""The tables of benchmarks/strategies.py, from its result files alone."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import record
+
+FOLDER = "strategies"
+ONCE = ("uniform", "knapsack", "magnitude", "soft")  # one plan for all seeds
+TRIED = ("rl", "rl-rate-0", "random-search", "genetic")
+ARMS = ("dense", *ONCE, "random", *TRIED)
+MARKS = (25, 50, 100, 150, 200, 300)  # evaluations after which the best so far is noted
+
+
+def name(arm: str, share: float, seed: int) -> str:
+    return f"{arm}-{share:g}-seed{seed}"
+
+
+def key(result: Mapping[str, Any]) -> str:
+    return json.dumps([result["arm"], result["widths"]], sort_keys=True)
+
+
+def results(part: str = "") -> dict[str, dict[str, Any]]:
+    paths = sorted((record.RESULTS / FOLDER / part).glob("*-seed*.json"))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def best_so_far(judged: Sequence[tuple[float, float]], budget_ms: float) -> dict[str, float | None]:
+    """The least loss within the budget after so many evaluations; None before there was any.
+
+    Args:
+        judged: (predicted ms, loss) in order.
+    """
+    within = [loss if ms <= budget_ms * (1 + 1e-9) else np.inf for ms, loss in judged]
+    least = list(itertools.accumulate(within, min))
+    return {str(at): float(least[at - 1]) if np.isfinite(least[at - 1]) else None for at in MARKS if at <= len(least)}
+
+
+def all_of_them() -> str:
+    return "\n\n".join(part for part in (searches(), summary(), rates()) if part)
+
+
+def searches() -> str:
+    """What each arm reached at the predicted budget, on the images that a search may look at."""
+    found = results("searches").values()
+    rows = []
+    for share in sorted({r["share"] for r in found}):
+        for arm in ARMS:
+            runs = [r for r in found if (r["arm"], r["share"]) == (arm, share)]
+            if runs:
+                rows.append(_searched(arm, share, runs))
+        rows += _draws(share)
+    marks = [str(m) for m in MARKS]
+    header = ["budget / dense", "arm", "searches", "loss after " + marks[0], *marks[1:], "accuracy, search images",
+              "processor minutes"]  # fmt: skip
+    return record.table(header, rows)
+
+
+def _searched(arm: str, share: float, runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    def at(mark: int) -> str:
+        if arm not in TRIED:
+            return spread([r["loss"] for r in runs], 3) if mark == MARKS[0] else ""
+        found = [r["best_so_far"].get(str(mark)) for r in runs]
+        return spread(found, 3) if None not in found else "-"
+
+    minutes = [r["processor_seconds"] / 60 * r.get("evaluations", 1) / max(1, r.get("judged_now", 1)) for r in runs]
+    return [
+        f"{share:g}", arm, str(len(runs)), *map(at, MARKS), spread([100 * r["accuracy"] for r in runs], 1),
+        f"{np.mean(minutes):.1f}",
+    ]  # fmt: skip
+
+
+def _draws(share: float) -> list[list[str]]:
+    found = record.load(f"{FOLDER}/draws-{share:g}")
+    if found is None:
+        return []
+    best, middle, worst = np.quantile(found["losses"], [0.1, 0.5, 0.9])
+    text = f"{middle:.3f} (best tenth {best:.3f}, worst {worst:.3f})"
+    return [[f"{share:g}", f"{len(found['losses'])} random draws", "", text, *[""] * (len(MARKS) + 1)]]
+
+
+def summary() -> str:
+    """Means and spreads over the seeds, on the final images."""
+    found = results().values()
+    rows = []
+    for share in sorted({r["share"] for r in found}):
+        for arm in ARMS:
+            runs = [r for r in found if (r["arm"], r["share"]) == (arm, share)]
+            if runs:
+                rows.append(_row(arm, runs))
+    header = ["budget / dense", "arm", "seeds", "plans", "measured latency / dense", "accuracy, BN only",
+              "after training"]  # fmt: skip
+    return record.table(header, rows)
+
+
+def _row(arm: str, runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    shares = [r["latency_ms"] / r["dense_ms"] if "latency_ms" in r else r["ratio"] * r["share"] for r in runs]
+    accuracies = [spread([100 * r[key] for r in runs], 2) for key in ("accuracy_bn", "accuracy")]
+    plans = len({key(r) for r in runs})
+    latency = "1" if arm == "dense" else f"{min(shares):.3f} to {max(shares):.3f}" if plans > 1 else f"{shares[0]:.3f}"
+    return [f"{runs[0]['share']:g}", arm, str(len(runs)), str(plans), latency, *accuracies]
+
+
+def rates() -> str:
+    found = record.load(f"{FOLDER}/rates")
+    if found is None:
+        return ""
+    rows = [[workers, " ".join(f"{rate:.0f}" for rate in each)] for workers, each in found["per_minute"].items()]
+    return record.table(["workers", f"evaluations a minute, {found['images']} images"], rows)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    wide = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{wide}"
