@@ -55,6 +55,7 @@ def exported(module: nn.Module, example: Example) -> Any:
         path = Path(folder, "model.onnx")
         export.to_onnx(module, example, path)
         model = onnx.load(str(path))
+    _name_inputs(model)
     name_nodes(model)
     lower(model, type(module).__name__)
     return model
@@ -92,6 +93,16 @@ def _onnx() -> Any:
 
 
 # ---- names ---------------------------------------------------------------------------------------------------
+
+
+def _name_inputs(model: Any) -> None:
+    """input0, input1, ... in the order of the network's arguments, in place."""
+    names = {port.name: f"input{at}" for at, port in enumerate(model.graph.input)}
+    for port in model.graph.input:
+        port.name = names[port.name]
+    for node in model.graph.node:
+        for at, name in enumerate(node.input):
+            node.input[at] = names.get(name, name)
 
 
 def name_nodes(model: Any) -> None:

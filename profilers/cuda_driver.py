@@ -65,7 +65,10 @@ class Driver:
         self("cuDeviceGet", ctypes.byref(self._device), device)
 
     def __call__(self, function: str, *arguments: Any) -> None:
-        code = getattr(self._library, function)(*arguments)
+        try:
+            code = getattr(self._library, function)(*arguments)
+        except AttributeError as error:
+            raise DriverError("the driver is too old: it has no %s; install a newer one" % function) from error
         if code:
             raise explained(function, code)
 
@@ -110,11 +113,11 @@ class Driver:
 
     def send(self, address: int, array: Any) -> None:
         """Copy a contiguous numpy array to the GPU."""
-        self("cuMemcpyHtoD_v2", ctypes.c_uint64(address), array.ctypes.data_as(ctypes.c_void_p), array.nbytes)
+        self("cuMemcpyHtoD_v2", ctypes.c_uint64(address), array.ctypes.data_as(ctypes.c_void_p), _size(array))
 
     def fetch(self, array: Any, address: int) -> None:
         """Copy from the GPU into a contiguous numpy array."""
-        self("cuMemcpyDtoH_v2", array.ctypes.data_as(ctypes.c_void_p), ctypes.c_uint64(address), array.nbytes)
+        self("cuMemcpyDtoH_v2", array.ctypes.data_as(ctypes.c_void_p), ctypes.c_uint64(address), _size(array))
 
     def stream(self) -> Stream:
         return Stream(self)
@@ -184,6 +187,10 @@ class Graph:
     def close(self) -> None:
         self._driver("cuGraphExecDestroy", self._runnable)
         self._driver("cuGraphDestroy", self._graph)
+
+
+def _size(array: Any) -> Any:
+    return ctypes.c_size_t(array.nbytes)
 
 
 def _loaded() -> Any:

@@ -25,11 +25,6 @@ def state(device: int = 0) -> dict[str, Any]:
         found["temperature_c"] = max(read.get("temperatures_c", {}).values(), default=found["temperature_c"])
         slowed = jetson.throttled()
         notes += ["throttled: " + text for text in slowed]
-        notes += (
-            ["power: " + ", ".join("%s %d mW" % rail for rail in read["power_mw"].items())]
-            if read.get("power_mw")
-            else []
-        )
         return dict(found, throttled=bool(found["throttled"] or slowed), notes=notes)
     clock_mhz, heat_c, reasons = smi(_asked(device))
     slowed = [text for bit, text in SLOWED.items() if reasons & bit]

@@ -24,6 +24,7 @@ MEMORY = re.compile(r"\bRAM (\d+)/(\d+)MB")
 HEAT = re.compile(r"\b([A-Za-z][\w-]*)@(-?\d+(?:\.\d+)?)C\b")
 RAIL = re.compile(r"\b((?:VDD|VIN|POM)_\w+) (\d+)(?:mW)?/(\d+)(?:mW)?\b")
 ABSENT_C = -200.0  # a sensor that is off reads -256
+FIXED = "PMIC"  # a sensor that always reads 50 or 100
 COOLERS = ("gpu", "cpufreq", "devfreq", "balanced")  # cooling devices that slow something down; others are fans
 DIGITS = 12  # more is no number that a tool means
 
@@ -72,7 +73,7 @@ def tegrastats(line: str) -> dict[str, Any]:
         used, total = (int(n[:DIGITS]) for n in memory.groups())
         found["memory_free_mb"] = float(total - used)
     heat = {name: float(c[:DIGITS]) for name, c in HEAT.findall(line)}
-    found["temperatures_c"] = {name: c for name, c in heat.items() if c > ABSENT_C}
+    found["temperatures_c"] = {name: c for name, c in heat.items() if c > ABSENT_C and name != FIXED}
     found["power_mw"] = {name: int(now[:DIGITS]) for name, now, _ in RAIL.findall(line)}
     return found
 

@@ -105,7 +105,9 @@ class Api:
         if plan is None:
             raise self._failed("builds no engine")
         if kept is not None:
-            _write(cache, bytes(config.get_timing_cache().serialize()))
+            measured = config.get_timing_cache().serialize()
+            if measured is not None:  # some releases keep none
+                _write(cache, bytes(measured))
         return bytes(plan)
 
     def loaded(self, plan: bytes) -> Any:

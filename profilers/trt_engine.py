@@ -34,14 +34,24 @@ class Engine:
         self._stream = driver.stream()
         self._addresses: list[int] = []
         self._graph: Graph | None = None
+        self._engine: Any = None
+        self._context: Any = None
         self.why_no_graph = ""
+        self.inputs: list[tuple[str, Any]] = []  # (name, an array of its shape and type)
+        self.outputs: list[tuple[str, Any]] = []
+        try:
+            self._load(plan)
+        except BaseException:
+            self.close()  # what was allocated before the memory ran out
+            raise
+
+    def _load(self, plan: bytes) -> None:
+        api, driver = self._api, self._driver
         engine = api.loaded(plan)
         context = engine.create_execution_context()
         if context is None:
             raise BuildError("%s cannot run an engine: %s" % (api.name, api.log.said() or "no memory is left"))
         self._engine, self._context = engine, context  # the context needs the engine for as long as it lives
-        self.inputs: list[tuple[str, Any]] = []  # (name, an array of its shape and type)
-        self.outputs: list[tuple[str, Any]] = []
         random, kinds = np.random.RandomState(0), api.module.TensorIOMode
         for at in range(engine.num_io_tensors):
             name = engine.get_tensor_name(at)

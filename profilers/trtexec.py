@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from . import onnx_inputs, timing, trt_cache, trt_reports
+from . import jetson, onnx_inputs, timing, trt_cache, trt_reports
 from .child import ChildError
 from .cuda_driver import Driver
 from .trt_worker import kinds_of, share_of_layer
@@ -119,8 +119,9 @@ class Trtexec:
     def _open(self, device: int, power_mode: str, wish: dict[str, Any]) -> dict[str, str]:
         about = Driver(device).describe()
         text = self._ran([self._program, "--help"])
+        told = jetson.said([self._program, "--loadEngine=/nowhere"])  # the help text does not tell the release
         self._flags, self._wish = trt_reports.flags(text), dict(wish, device=device)
-        runtime = "tensorrt " + (version(text) or "of an unknown version")
+        runtime = "tensorrt " + (version(text) or version(told) or "of an unknown version")
         self._facts = {**about, "runtime": runtime, "power_mode": power_mode, "by": "trtexec", **wish}
         return {**about, "runtime": runtime, "backend": "trtexec"}
 

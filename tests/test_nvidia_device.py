@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small
 from edgeprune.profilers import gpu_state, timing, trt_cache, trt_reports, trtexec
 from edgeprune.profilers.child import Child, ChildError
 from edgeprune.profilers.trt_names import MIXED, Names
 from edgeprune.profilers.trt_worker import share_of_layer
+from sshd import Server
 from test_nvidia_reports import fixture
 
-from edgeprune import target
+from edgeprune import boards, cli, target
 from edgeprune.agent import Agent, local_program
 from edgeprune.errors import AgentError, ConfigError, TargetError
 from edgeprune.link import Process
@@ -52,6 +54,32 @@ def test_a_back_end_that_is_asked_for_says_what_is_missing(backend: str) -> None
 def test_a_key_that_the_kind_does_not_have_is_refused_with_those_it_has() -> None:
     with pytest.raises(ConfigError, match=r"\[target.nano\]: unknown key fp16 \(allowed for jetson: kind, precision"):
         target.check_options("nano", {"kind": "jetson", "fp16": True})
+
+
+def test_the_steps_of_a_check_end_at_the_first_thing_that_is_missing() -> None:
+    steps = boards.walk("nano", {"kind": "jetson"})
+    with pytest.raises(TargetError, match=r"this machine: driver: driver failed on the device: .*no NVIDIA driver"):
+        next(steps)
+
+
+@pytest.mark.ssh
+def test_the_steps_of_a_check_lead_over_ssh_to_the_driver(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    try:
+        section = {"kind": "jetson", "host": "board", "ssh_config": str(server.config)}
+        seen: list[tuple[str, str]] = []
+        with pytest.raises(TargetError, match=r"board: driver: .*no NVIDIA driver .*sudo apt install nvidia-jetpack"):
+            seen.extend(boards.walk("nano", section))  # keeps those before the error
+        assert [name for name, _ in seen] == ["ssh", "python3", "disk", "clock"]
+    finally:
+        server.stop()
+
+
+def test_a_power_mode_is_asked_for_on_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = small.make(folder)
+    path.write_text(path.read_text() + '\n[target.nano]\nkind = "jetson"\n')
+    assert cli.run(["profile", "--target", "nano", "--power-mode", "MAXN"]) == 3
+    assert "nvpmodel says no power mode here: it can only be switched on a Jetson" in capsys.readouterr().err
 
 
 # ---- children ------------------------------------------------------------------------------------------------

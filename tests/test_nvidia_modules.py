@@ -262,6 +262,22 @@ def test_a_broken_graph_is_refused_with_a_reason(tmp_path: Path, name: str) -> N
     assert len(said.partition(": ")[2]) > 10 or "has no fixed shape" in said
 
 
+def test_a_file_of_measured_kernels_that_is_damaged_or_not_there_is_no_matter(tmp_path: Path) -> None:
+    body = """
+wish, path = trt_api.Wish("f32", False, -1, True, 256), sys.argv[4]
+with open(sys.argv[3], "rb") as stream:
+    content = stream.read()
+sizes = [len(api.build(content, wish, path))]
+with open(path, "wb") as stream:
+    stream.write(b"not a cache")
+sizes.append(len(api.build(content, wish, path)))
+print(json.dumps(sizes))
+"""
+    (tmp_path / "net.onnx").write_bytes(trtlayer.forms(LAYERS["convolution"], "f32")[0][0])
+    sizes = told("rtx", body, str(tmp_path / "net.onnx"), str(tmp_path / "cache"))
+    assert all(size > 1000 for size in sizes)
+
+
 def test_an_accelerator_that_is_not_there_is_refused(tmp_path: Path) -> None:
     """TensorRT for RTX takes any core in silence; the number of cores tells."""
     (said,) = built(tmp_path, [trtlayer.forms(LAYERS["convolution"], "f16")[0][0]], "f16", dla=0)

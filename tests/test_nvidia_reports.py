@@ -185,6 +185,7 @@ def test_tegrastats_of_several_boards_tell_heat_memory_clock_and_power() -> None
     assert nano["power_mw"]["POM_5V_IN"] == 2532
     assert nano["memory_free_mb"] == 2061.0
     assert xavier["gpu_load"] == 14
+    assert max(xavier["temperatures_c"].values()) == 38.25  # a sensor that always reads 100 left out
     assert xavier["gpu_mhz"] == 1377.0
     assert orin["gpu_mhz"] == 407.0
     assert orin["temperatures_c"]["GPU"] == 69.1
