@@ -32,6 +32,7 @@ PAUSE_S = 2.0  # between attempts to get a link back
 NOISE_LINES = 200  # of a login shell
 ADVICE = {
     "numpy": "sudo apt install python3-numpy, or python3 -m pip install numpy",
+    "torch": "a build with CUDA; on a Jetson NVIDIA's own wheel for its JetPack",
     "ai_edge_litert": "python3 -m pip install ai-edge-litert (before Python 3.9: tflite-runtime 'numpy<2')",
 }
 

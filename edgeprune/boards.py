@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from . import config, files, target
-from .errors import ConfigError, RuntimeMissing, TargetError, UsageError
-from .host import Ssh
+from .errors import AgentError, ConfigError, RuntimeMissing, TargetError, UsageError
+from .host import Here, Host, Ssh
 
 OLDEST = (3, 8)
 FREE_MB = 100  # less is too little for a few models
@@ -59,6 +59,10 @@ def walk(name: str, section: Mapping[str, Any]) -> Iterator[Step]:
         TargetError: at the first thing that is missing, with what to do about it.
     """
     destination = section.get("host")
+    if not destination and section["kind"] == "jetson":
+        yield from _nvidia(Here(), section)
+        yield from _runtime("this machine", name, section)
+        return
     if not destination:
         raise ConfigError(f"[target.{name}] has no host: it is this machine")
     ssh_config = section.get("ssh_config")
@@ -67,7 +71,9 @@ def walk(name: str, section: Mapping[str, Any]) -> Iterator[Step]:
         board.connect()
         yield "ssh", f"{destination} answers, and its key is the known one"
         yield from _machine(board)
-        yield from _runtime(board, name, section)
+        if section["kind"] == "jetson":
+            yield from _nvidia(board, section)
+        yield from _runtime(board.name, name, section)
     finally:
         board.close()
 
@@ -91,12 +97,33 @@ def _machine(board: Ssh) -> Iterator[Step]:
     yield "clock", "right" if off_s < CLOCK_S else f"{off_s:,.0f} s off (harmless here; ssh and apt may mind)"
 
 
-def _runtime(board: Ssh, name: str, section: Mapping[str, Any]) -> Iterator[Step]:
+def _nvidia(host: Host, section: Mapping[str, Any]) -> Iterator[Step]:
+    """Driver, TensorRT's module or else its program, and the power mode."""
+    with host.start("nvidia_steps") as agent:
+
+        def asked(step: str, **arguments: Any) -> str:
+            try:
+                return str(agent.call(step, QUICK_S, **arguments))
+            except AgentError as error:
+                raise TargetError(f"{host.name}: {step}: {error}") from error
+
+        yield "driver", asked("driver", device=section.get("device", 0))
+        module, program = asked("module"), asked("program")
+        yield "tensorrt", module or "no Python module"
+        yield "trtexec", program or "none"
+        if not module and not program:
+            raise TargetError(
+                f"{host.name} has no TensorRT; on a Jetson: sudo apt install nvidia-jetpack python3-libnvinfer"
+            )
+        yield "power mode", asked("power") or "no Jetson"
+
+
+def _runtime(board: str, name: str, section: Mapping[str, Any]) -> Iterator[Step]:
     """The runtime runs a model here: one that can be imported may still not work."""
     try:
         opened = target.open_target(name, {name: section})
     except RuntimeMissing as error:
-        raise RuntimeMissing(f"{board.name}: {error}") from error
+        raise RuntimeMissing(f"{board}: {error}") from error
     try:
         found, state = opened.fingerprint(), opened.state()
         details = dict(found.details)

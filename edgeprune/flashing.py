@@ -24,7 +24,7 @@ from .target import Target
 
 IMAGES = 8
 INPUTS, OUTPUTS, PROGRAM = "smoke_inputs.npy", "smoke_outputs.npy", "run.py"
-MODELS = ("model.xml", "model.tflite")  # what a runtime loads
+MODELS = ("model.xml", "model.tflite", "model.onnx", "model.ts")  # what a runtime loads
 T = TypeVar("T")
 PLACE = re.compile(r"(?P<host>[^/:]+):(?P<folder>.+)")
 

@@ -5,6 +5,7 @@ What is measured one after the other drifts apart with the machine; what is meas
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,20 +37,33 @@ def in_turn(
     Returns:
         For each: median_ms, p10_ms, p90_ms, runs, samples_ms (one a visit), interval (reached), disturbed (visits).
     """
+    each = [functools.partial(_visit, run, threads) for run in runs]
+    return visited_in_turn(each, least, most, interval, budget_s, seed)
+
+
+def visited_in_turn(
+    visit: Sequence[Callable[[], tuple[float, bool, int]]],
+    least: int,
+    most: int,
+    interval: float,
+    budget_s: float,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """The same for what times itself: each gives seconds, whether it was undisturbed, and how often it ran."""
     order = np.random.RandomState(seed)
-    visits: list[list[tuple[float, bool]]] = [[] for _ in runs]  # (milliseconds, undisturbed)
-    counts = [0] * len(runs)
+    visits: list[list[tuple[float, bool]]] = [[] for _ in visit]  # (milliseconds, undisturbed)
+    counts = [0] * len(visit)
     began = time.perf_counter()
     while True:
         late = time.perf_counter() - began > budget_s
-        open_ = [i for i in range(len(runs)) if _wants_more(visits[i], least, most, interval, late)]
+        open_ = [i for i in range(len(visit)) if _wants_more(visits[i], least, most, interval, late)]
         if not open_:
             break
         for i in order.permutation(open_):
-            seconds, clean, ran = _visit(runs[i], threads)
+            seconds, clean, ran = visit[i]()
             counts[i] += ran
             visits[i].append((seconds * 1000.0, clean))
-    return [_summary(_kept(v, least), counts[i], sum(not clean for _, clean in v)) for i, v in enumerate(visits)]
+    return [summary(_kept(v, least), counts[i], sum(not clean for _, clean in v)) for i, v in enumerate(visits)]
 
 
 def take_off(found: dict[str, Any], call_ms: float) -> None:
@@ -57,6 +71,13 @@ def take_off(found: dict[str, Any], call_ms: float) -> None:
     for key in ("median_ms", "p10_ms", "p90_ms"):
         found[key] = max(found[key] - call_ms, found[key] / 100.0)
     found["samples_ms"] = [max(s - call_ms, s / 100.0) for s in found["samples_ms"]]
+
+
+def scale(found: dict[str, Any], share: float) -> None:
+    """Keep a share of a timing."""
+    for key in ("median_ms", "p10_ms", "p90_ms"):
+        found[key] *= share
+    found["samples_ms"] = [s * share for s in found["samples_ms"]]
 
 
 def _visit(run: Callable[[], Any], threads: int) -> tuple[float, bool, int]:
@@ -98,14 +119,15 @@ def width(samples: Sequence[float]) -> float:
     return float(1.96 * 1.2533 * spread / (middle * np.sqrt(len(values))))
 
 
-def _summary(samples: list[float], runs: int, disturbed: int) -> dict[str, Any]:
+def summary(samples: Sequence[float], runs: int, disturbed: int) -> dict[str, Any]:
+    """A timing from the milliseconds of its visits, in time order."""
     p10, median, p90 = (float(np.percentile(samples, q)) for q in (10, 50, 90))
     return {
         "median_ms": median,
         "p10_ms": p10,
         "p90_ms": p90,
         "runs": runs,
-        "samples_ms": samples,
+        "samples_ms": list(samples),
         "interval": width(samples),
         "disturbed": disturbed,
     }

@@ -29,6 +29,9 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a k
 Json = Annotated[bool, typer.Option("--json", help="one machine-readable result on standard output")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
 TargetName = Annotated[str | None, typer.Option("--target", "-t", help="a [target.NAME], or cpu")]
+PowerMode = Annotated[
+    str | None, typer.Option(help="of a Jetson: nvpmodel's name or number, set while this runs, then put back")
+]
 RunFolder = Annotated[Path | None, typer.Option("--run", help="a run's folder; default: the last one in runs/")]
 PROJECT = Path(config.FILE)
 
@@ -92,7 +95,7 @@ def check_target(name: str, path: ProjectFile = PROJECT, as_json: Json = False) 
     from .. import boards, target
 
     sections = project.read(path).sections() if path.exists() else {}
-    if sections.get(name, {}).get("host"):
+    if sections.get(name, {}).get("host") or sections.get(name, {}).get("kind") == "jetson":
         show.steps(boards.walk(name, sections[name]), as_json)
         return
     with closing(target.open_target(name, sections)) as opened:
@@ -130,6 +133,7 @@ def inspect(
 def profile(
     target: TargetName = None,
     check: Annotated[int, typer.Option(min=0, help="compare the table with this many whole networks")] = 0,
+    power_mode: PowerMode = None,
     path: ProjectFile = PROJECT,
     overrides: Overrides = None,
     as_json: Json = False,
@@ -138,7 +142,7 @@ def profile(
     """Measure the latency table of the project's network on a target."""
     from .. import profiling
 
-    opened = _project(path, overrides)
+    opened = _project(path, [*(overrides or ()), *_power(path, target, power_mode)])
     with closing(opened.open_target(target)) as device:
         found = profiling.profile(
             opened.model, opened.example, device, opened.config.compress, check, Bars(quiet), opened.calibration(device)
@@ -162,6 +166,7 @@ def compress(
     epochs: Annotated[int | None, typer.Option(help="of fine-tuning at the end")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="processes that judge a search's candidates")] = None,
     ray: Annotated[str | None, typer.Option(help="address of a Ray cluster that judges them")] = None,
+    power_mode: PowerMode = None,
     run: RunFolder = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the last run, or with --run")] = False,
     path: ProjectFile = PROJECT,
@@ -180,7 +185,7 @@ def compress(
     extra += [f"finetune.epochs={epochs}"] if epochs is not None else []
     extra += [f"search.workers={workers}"] if workers is not None else []
     extra += [f"search.ray='{ray}'"] if ray is not None else []
-    opened = _project(path, [*(overrides or ()), *extra])
+    opened = _project(path, [*(overrides or ()), *extra, *_power(path, target, power_mode)])
     section = opened.config.compress
     if latency_ms is None and speedup is None:
         request = budgets.requested(section.target, section.latency_ms, section.speedup, section.size_mb)
@@ -324,6 +329,17 @@ def report_(run: RunFolder = None, path: ProjectFile = PROJECT, as_json: Json = 
 
 
 # ---- shared --------------------------------------------------------------------------------------------------
+
+
+def _power(path: Path, targets: str | None, mode: str | None) -> list[str]:
+    """A power mode as overrides of the targets that are used."""
+    from .. import budgets
+
+    if mode is None:
+        return []
+    return [
+        f"target.{name}.power_mode='{mode}'" for name in budgets.names(targets or config.read(path).compress.target)
+    ]
 
 
 def _project(
