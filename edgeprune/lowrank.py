@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ def _has_rank(part: nn.Module) -> bool:
 
 @torch.no_grad()
 def _product(part: nn.Module) -> nn.Sequential:
-    weight = part.weight.detach().double()  # type: ignore[union-attr, operator]
+    weight = part.weight.detach().double()  # type: ignore[operator]
     if isinstance(part, nn.Linear):
         inner, outer = _singular(weight)
         return nn.Sequential(_linear(inner, None, part), _linear(outer, part.bias, part)).train(part.training)
@@ -108,7 +108,7 @@ def _linear(weight: Tensor, bias: Tensor | None, like: nn.Linear) -> nn.Linear:
 
 def _conv(weight: Tensor, bias: Tensor | None, like: nn.Conv2d, whole: bool) -> nn.Conv2d:
     """A convolution with the weight; the `whole` one takes over stride and padding, the others touch single pixels."""
-    way = (
+    way: dict[str, Any] = (
         {"stride": like.stride, "padding": like.padding, "dilation": like.dilation, "padding_mode": like.padding_mode}
         if whole
         else {}
@@ -117,7 +117,7 @@ def _conv(weight: Tensor, bias: Tensor | None, like: nn.Conv2d, whole: bool) -> 
     made = nn.Conv2d(
         weight.shape[1], weight.shape[0], size, bias=bias is not None,
         device=like.weight.device, dtype=like.weight.dtype, **way,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
     return _filled(made, weight, bias)
 
 
