@@ -21,11 +21,11 @@ from .allocate import Allocator, Costs, Limit
 from .errors import BudgetError, UnreachableBudget
 from .graph import ModelGraph
 from .importance import Importance
-from .records import Artifact, Budget, Keep, Plan
+from .records import Artifact, Budget, Keep, Plan, Progress
 from .runs import Run, as_record
 from .target import Target
 from .verify import WASTE, budget_ms
-from .watch import Watch
+from .watch import Watch, unwatched
 
 PREFLIGHT = "edgeprune.preflight/1"
 SAMPLES = 4  # networks between the floor and the dense one that calibrate the prediction
@@ -84,18 +84,22 @@ class Bench:
         self.reference_ms = 0.0
         self.noise = 0.0
 
-    def time(self, keeps: Sequence[Keep]) -> list[float]:
+    def time(self, keeps: Sequence[Keep], progress: Progress = unwatched) -> list[float]:
         """Milliseconds of each cut network, as if the dense one took `reference_ms` as it did at first."""
-        with self.built(keeps) as artifacts:
+        with self.built(keeps, progress) as artifacts:
             return self.timed(artifacts)
 
     @contextmanager
-    def built(self, keeps: Sequence[Keep]) -> Iterator[list[Artifact]]:
-        """The cut networks as files, for as long as they are needed."""
+    def built(self, keeps: Sequence[Keep], progress: Progress = unwatched) -> Iterator[list[Artifact]]:
+        """The cut networks as files, for as long as they are needed. Timing them is the last part of the progress."""
         folders = [self.folder / f"plan-{at}" for at in range(len(keeps))]
         try:
-            modules = (surgery.cut(self.model, self.graph, keep) for keep in keeps)
-            yield [self.export(m, f) for m, f in zip(modules, folders, strict=True)]
+            artifacts = []
+            for at, (keep, folder) in enumerate(zip(keeps, folders, strict=True)):
+                progress(at, len(keeps) + 1)
+                artifacts.append(self.export(surgery.cut(self.model, self.graph, keep), folder))
+            progress(len(keeps), len(keeps) + 1)
+            yield artifacts
         finally:
             for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -129,8 +133,7 @@ def preflight(
     else:
         units = [dict(allocate.floor(costs).widths), *measure.samples(costs.candidates, SAMPLES, seed)]
         with watch.stage("time the floor, the dense network and some between") as progress:
-            progress(0, 1)
-            measured = bench.time([importance.best(scores, u) for u in units])
+            measured = bench.time([importance.best(scores, u) for u in units], progress)
         networks = tuple(Measured(u, costs.predict_ms(u), ms) for u, ms in zip(units, measured, strict=True))
         found = Preflight(bench.reference_ms, bench.noise, networks[0], networks)
         run.write("preflight.json", PREFLIGHT, found)

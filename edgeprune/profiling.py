@@ -124,9 +124,8 @@ def _compare(
     folder = Path(tempfile.mkdtemp(prefix="edgeprune-check-"))
     try:
         bench = Bench(model, graph, target, folder, calibration)
-        with watch.stage(f"time {len(plans) + 1} whole networks") as progress:
-            progress(0, 1)
-            measured = np.array(bench.time([importance.best(scores, plan) for plan in plans]))
+        with watch.stage(f"build and time {len(plans) + 1} whole networks") as progress:
+            measured = np.array(bench.time([importance.best(scores, plan) for plan in plans], progress))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     known = [*zip(fitted_on, measured[count:], strict=True), (costs.dense, bench.reference_ms)]
