@@ -30,7 +30,7 @@ from edgeprune.runs import Run
 from edgeprune.target import open_target
 from edgeprune.verify import FORMAT, VerifyReport
 
-RESULT, NETWORKS, TO = "board", 30, "models/digits"
+RESULT, NETWORKS, TO = "board", 10, "models/digits"
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 
 

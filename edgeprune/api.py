@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from . import budgets, metrics, pipeline, runs, search, store, target
 from .asked import Asked
 from .config import CompressSection, MagnitudeSection, SearchSection, SoftSection
-from .errors import UsageError
+from .errors import RunError, UsageError
 from .finetune import Images
 from .graph import Example
 from .metrics import Metric
@@ -71,9 +72,11 @@ def compress(
     weights = MagnitudeSection.model_validate(magnitude_settings or {})
     shares = SoftSection.model_validate(soft_settings or {})
     known = {n: (measures or {}).get(n) or metrics.resolve(n, Path.cwd()) for n in section.floors}
-    opened = target if not isinstance(target, str) else _open(target, targets or {})
-    folder = Path(run) if run is not None else next_run(Path("runs"))
-    try:
+    with ExitStack() as stack:
+        opened = target if not isinstance(target, str) else _open(target, targets or {})
+        if isinstance(target, str):
+            stack.callback(opened.close)
+        folder = Path(run) if run is not None else stack.enter_context(new_run(Path("runs")))
         return pipeline.compress(
             model,
             example,
@@ -85,9 +88,6 @@ def compress(
             watch,
             resume,
         )
-    finally:
-        if isinstance(target, str):
-            opened.close()
 
 
 def load(run: str | Path, model: nn.Module) -> nn.Module:
@@ -126,10 +126,28 @@ def one_budget(latency_ms: float | None, speedup: float | None, size_mb: float |
     return budgets.requested("target", latency_ms, speedup, size_mb).levels[0][0]
 
 
-def next_run(folder: Path) -> Path:
-    """The first unused numbered folder: runs/001, runs/002 ..."""
-    number = 1 + max((int(p.name) for p in folder.glob("*") if p.name.isdigit()), default=0)
-    return folder / f"{number:03d}"
+@contextmanager
+def new_run(folder: Path) -> Iterator[Path]:
+    """The first unused numbered folder, runs/001, runs/002 ..., made: no other process can take it too.
+
+    When nothing was written into it, it is gone in the end. Raises RunError when it cannot be made.
+    """
+    while True:
+        number = 1 + max((int(p.name) for p in folder.glob("*") if p.name.isdigit()), default=0)
+        made = folder / f"{number:03d}"
+        try:
+            made.mkdir(parents=True)
+            break
+        except FileExistsError:
+            continue  # another process was faster
+        except OSError as error:
+            raise RunError(f"{made} cannot be made: {error.strerror}; check where you are, and its disk") from error
+    try:
+        yield made
+    finally:
+        with suppress(OSError):  # only empty folders can be removed
+            made.rmdir()
+            folder.rmdir()
 
 
 def last_run(folder: Path) -> Path:

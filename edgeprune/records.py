@@ -256,7 +256,7 @@ class NetworkCheck:
     params: int
     macs: int
     size_bytes: int
-    peak_memory_bytes: int | None = None  # of a process that runs it on the device; None in the files of older runs
+    peak_memory_bytes: int | None = None  # of a process that runs it on the device; None on GPUs and in older files
 
 
 @dataclass(frozen=True)

@@ -97,10 +97,15 @@ def calibrated(target: Target) -> bool:
     return target.fingerprint().precision == "int8"
 
 
-def peak_memory_bytes(target: Target, artifact: Artifact) -> int:
-    """The most memory of a process that does nothing on the device but load a network and run it, Python included."""
+def peak_memory_bytes(target: Target, artifact: Artifact) -> int | None:
+    """The most memory of a process that does nothing on the device but load a network and run it, Python included.
+
+    None where the device program does not count it: a network that runs on a GPU is not in its processor's memory.
+    """
     with target.host.start(target.runtime, "-memory") as agent:
         agent.call("open", SILENCE_S, **target.opening)
+        if "peak_memory_bytes" not in agent.call("state", SILENCE_S):
+            return None
         items = [{"model": target.host.put(Path(artifact.path))}]
         reply = agent.call("time", SILENCE_S, items=items, least=1, most=1, interval=1.0, budget_s=0.0)
     return int(reply["peak_memory_bytes"])

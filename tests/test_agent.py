@@ -9,14 +9,18 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from edgeprune.profilers import serve
 
+from edgeprune import target
 from edgeprune.agent import Agent
 from edgeprune.errors import AgentError, LinkError
 from edgeprune.link import Process
+from edgeprune.records import Artifact
 
 
 def program(tmp_path: Path, body: str) -> Agent:
@@ -141,3 +145,11 @@ def test_peak_memory_is_the_programs_own_and_not_what_started_it() -> None:
     held = np.ones(80_000_000)  # 640 MB
     with Agent.local("tflite") as agent:
         assert 10e6 < agent.call("state", 30)["peak_memory_bytes"] < held.nbytes / 2
+
+
+def test_a_device_program_that_counts_no_memory_is_not_asked_for_it(tmp_path: Path) -> None:
+    body = 'print(\'{"id": %d, "result": {}}\' % number, flush=True)'  # as those for GPUs: no state of a processor
+    device: Any = SimpleNamespace(
+        host=SimpleNamespace(start=lambda *_: program(tmp_path, body)), runtime="cuda", opening={}
+    )
+    assert target.peak_memory_bytes(device, Artifact("none", (), "", 0, "onnx", "f32")) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ import tomllib
 import torch
 from safetensors.torch import save_file
 
-from edgeprune import cli
+from edgeprune import api, cli
+from edgeprune.errors import RunError
 
 
 def fails(capsys: pytest.CaptureFixture[str], status: int, *arguments: str) -> str:
@@ -229,3 +231,32 @@ def test_a_damaged_latency_table_is_refused_with_what_to_do(project: Path, tmp_p
     assert process.returncode == 2
     assert f"the latency table {home}/latency.sqlite cannot be used" in err
     assert "move it away and profile again" in err
+
+
+def test_processes_that_begin_at_once_get_folders_of_their_own_and_unused_ones_are_gone(tmp_path: Path) -> None:
+    together, found = threading.Barrier(8), []
+
+    def begin(at: int) -> None:
+        together.wait()
+        with api.new_run(tmp_path / "runs") as folder:
+            found.append(folder)
+            if at % 2:
+                (folder / "run.json").touch()
+            together.wait()
+
+    each = [threading.Thread(target=begin, args=(at,)) for at in range(8)]
+    for thread in each:
+        thread.start()
+    for thread in each:
+        thread.join()
+    assert sorted(folder.name for folder in found) == [f"{n:03d}" for n in range(1, 9)]
+    assert len(list((tmp_path / "runs").iterdir())) == 4
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(RunError, match=r"file/001 cannot be made: Not a directory; check"),
+        api.new_run(tmp_path / "file"),
+    ):
+        pass
+    with api.new_run(tmp_path / "none") as folder:
+        assert folder.name == "001"
+    assert not (tmp_path / "none").exists()

@@ -214,6 +214,12 @@ def test_the_first_table_shows_the_figures_of_verify_json(tmp_path: Path) -> Non
     assert page.rows["efficiency"][1] == "0.92"  # 2.0711863 / (105153792 / 46936704)
 
 
+def test_memory_that_was_not_counted_is_not_made_up(tmp_path: Path) -> None:
+    page = Page(report.write(bare(tmp_path, replace(PASSED, dense=replace(DENSE, peak_memory_bytes=None)))))
+    assert page.rows["memory"][1] == "not measured"
+    assert page.rows["memory"][3] == ""
+
+
 def test_a_pass_is_said_in_one_sentence_and_in_words(tmp_path: Path) -> None:
     page = Page(report.write(bare(tmp_path)))
     assert (

@@ -33,7 +33,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small.make(folder, toml.replace("[data]", "arguments = { width = 64 }\n\n[data]") + TARGET)
     process = small.command("compress", "--json", cwd=folder)
     out, err = process.communicate(timeout=600)
-    assert process.returncode in (0, 1), err  # 1: at the end, on a busy machine, not as fast as it was planned
+    # 1: the last measurement, of 0.07 ms on a machine that others use, may come out over the budget that the plan met;
+    # where the clock has no noise, test_board.py asserts 0
+    assert process.returncode in (0, 1), err
     (folder / "result.json").write_text(out)
     return folder
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -192,7 +193,8 @@ def compress(
     else:  # a budget on the command line replaces the file's, whichever kind that was
         texts = [None if text is None else budgets.parse(text) for text in (latency_ms, speedup)]
         request = budgets.requested(section.target, texts[0], texts[1], section.size_mb)
-    compressing.run(opened, request, Run(_run_folder(opened, run, resume)), resume, as_json, quiet)
+    with _run_folder(opened, run, resume) as folder:
+        compressing.run(opened, request, Run(folder), resume, as_json, quiet)
 
 
 @app.command()
@@ -361,11 +363,14 @@ def _dims(text: str) -> list[str]:
     return parts
 
 
-def _run_folder(opened: project.Project, run: Path | None, resume: bool) -> Path:
-    if run is not None:
-        return run
+@contextmanager
+def _run_folder(opened: project.Project, run: Path | None, resume: bool) -> Iterator[Path]:
     folder = opened.folder / RUNS
-    return api.last_run(folder) if resume else api.next_run(folder)
+    if run is not None or resume:
+        yield run or api.last_run(folder)
+        return
+    with api.new_run(folder) as made:
+        yield made
 
 
 def _finished(opened: project.Project, run: Path | None) -> Path:
