@@ -128,6 +128,22 @@ def test_an_operator_of_a_newer_opset_computes_the_same_in_opset_17(case: tuple[
     assert off(ran(model.SerializeToString(), [data]), wanted) < 1e-5
 
 
+def test_what_stands_in_the_place_of_an_operator_takes_no_name_that_another_has() -> None:
+    """The exporter calls the results of two of them gelu and gelu_1."""
+    nodes = [
+        onnx.helper.make_node("Gelu", ["x"], ["gelu"], "a"),
+        onnx.helper.make_node("Gelu", ["gelu"], ["gelu_1"], "b"),
+    ]
+    ports = [onnx.helper.make_tensor_value_info(name, 1, [4]) for name in ("x", "gelu_1")]
+    graph = onnx.helper.make_graph(nodes, "g", ports[:1], ports[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+    data = np.linspace(-2, 2, 4, dtype=np.float32)
+    wanted = ran(model.SerializeToString(), [data])
+    trtgraph.lower(model, "Net")
+    onnx.checker.check_model(model)
+    assert off(ran(model.SerializeToString(), [data]), wanted) < 1e-5
+
+
 # ---- layers --------------------------------------------------------------------------------------------------
 
 
