@@ -224,7 +224,7 @@ class _Lowered:
             size, count = self._shapes[node.input[0]][attributes.get("axis", 0)], attributes["num_outputs"]
             share = -(-size // count)
             sizes = np.array([share] * (count - 1) + [size - share * (count - 1)], np.int64)
-            node.input.append(self._constant(f"{node.output[0]}_sizes", sizes))
+            node.input.append(self._constant(f"{node.output[0]}/sizes", sizes))
             kept = [a for a in node.attribute if a.name != "num_outputs"]
             del node.attribute[:]
             node.attribute.extend(kept)
@@ -238,7 +238,7 @@ class _Lowered:
             whole = np.zeros(2 * len(shape), np.int64)
             for at, axis in enumerate(axes):
                 whole[axis], whole[axis + len(shape)] = pads[at], pads[at + len(axes)]
-            node.input[1] = self._constant(f"{node.output[0]}_pads", whole)
+            node.input[1] = self._constant(f"{node.output[0]}/pads", whole)
             del node.input[3:]
         return [node]
 
@@ -258,13 +258,13 @@ class _Lowered:
         return self._chain(node, [("Softplus", [node.input[0]]), ("Tanh", ["-"]), ("Mul", [node.input[0], "-"])])
 
     def _scalar(self, base: str, name: str, value: float) -> str:
-        return self._constant(f"{base}_{name}", np.array(value, np.float32))
+        return self._constant(f"{base}/{name}", np.array(value, np.float32))
 
     def _chain(self, node: Any, steps: Sequence[tuple[str, list[str]]]) -> list[Any]:
         """Nodes in the place of one; `-` stands for what the one before gives."""
         made, last = [], ""
         for at, (operator, inputs) in enumerate(steps):
-            output = node.output[0] if at == len(steps) - 1 else f"{node.output[0]}_{at}"
+            output = node.output[0] if at == len(steps) - 1 else f"{node.output[0]}/{at}"
             names = [last if name == "-" else name for name in inputs]
             made.append(self._onnx.helper.make_node(operator, names, [output], f"{node.name}_{at}/{operator}"))
             last = output

@@ -57,13 +57,14 @@ class Cache:
         except OSError:
             with contextlib.suppress(OSError):
                 os.unlink(beside)
-        self._shrink(name)
+        self.trim(name)
 
     def drop(self, name: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(self.path(name))
 
-    def _shrink(self, newest: str) -> None:
+    def trim(self, newest: str) -> None:
+        """Let go of the engines that were used longest ago, down to the limit; never of the newest."""
         found = []
         for entry in os.scandir(self.folder):
             with contextlib.suppress(OSError):

@@ -139,13 +139,13 @@ class Program:
     def _engine(self, content: bytes) -> Engine:
         """A network's engine, ready to run; one from the cache that does not load is built anew."""
         name = trt_cache.key(content, self._facts)
-        kept = self._cache.get(name) is not None
-        try:
-            engine = Engine(self._api, self._driver, self._plan(content))
-        except BuildError:
-            if not kept:
-                raise
-            self._cache.drop(name)
+        kept, engine = self._cache.get(name), None
+        if kept is not None:
+            try:
+                engine = Engine(self._api, self._driver, kept)
+            except BuildError:
+                self._cache.drop(name)
+        if engine is None:
             engine = Engine(self._api, self._driver, self._plan(content))
         engine.ready()
         return engine

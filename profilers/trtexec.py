@@ -196,7 +196,8 @@ class Trtexec:
 
     def _engine(self, content: bytes) -> str:
         """The path of a network's engine, built where it is not there."""
-        path = self._cache.path(trt_cache.key(content, self._facts))
+        name = trt_cache.key(content, self._facts)
+        path = self._cache.path(name)
         if not os.path.exists(path):
             onnx, beside = self._folder + "/network.onnx", "%s.%d" % (path, os.getpid())
             with open(onnx, "wb") as stream:
@@ -206,6 +207,7 @@ class Trtexec:
             if not os.path.exists(beside):
                 raise ChildError("trtexec ended well and wrote no engine; look at its output on the device")
             os.replace(beside, path)
+            self._cache.trim(name)
         return path
 
     def _report(self, name: str) -> str:

@@ -30,11 +30,11 @@ def python(kind: str) -> str:
 
 
 def told(kind: str, body: str, *arguments: str) -> Any:
-    """What a program prints as JSON that has an `api` of this module; its arguments begin at sys.argv[3]."""
+    """What a program prints last, as JSON; it has an `api` of this module; its arguments begin at sys.argv[3]."""
     command = [python(kind), "-c", START + API + body, str(local_program()), MODULES[kind], *arguments]
     done = subprocess.run(command, env=environment(kind), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(done.stdout.splitlines()[-1])  # libraries print too
 
 
 def device_program(kind: str, driver: bool = False) -> Agent:

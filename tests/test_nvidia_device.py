@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import small
-from edgeprune.profilers import gpu_state, timing, trt_cache, trt_reports, trtexec
+from edgeprune.profilers import cuda_driver, gpu_state, timing, trt_cache, trt_reports, trtexec
 from edgeprune.profilers.child import Child, ChildError
 from edgeprune.profilers.trt_names import MIXED, Names
 from edgeprune.profilers.trt_worker import share_of_layer
@@ -126,6 +126,22 @@ def until(holds: Any, seconds: float = 20.0) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (2, "the GPU is out of memory; end other programs on it, or use a smaller batch"),
+        (100, "the driver finds no GPU"),
+        (209, "it was built for another one"),
+        (12345, "see CUresult"),
+    ],
+)
+def test_what_the_driver_refuses_is_told_with_its_number_and_in_words(code: int, words: str) -> None:
+    error = cuda_driver.explained("cuMemAlloc_v2", code)
+    assert error.code == code
+    assert str(error).startswith(f"cuMemAlloc_v2 failed (CUDA error {code}): ")
+    assert words in str(error)
 
 
 # ---- engines that are kept -----------------------------------------------------------------------------------

@@ -158,6 +158,22 @@ except trt_api.BuildError as error:
     assert "cannot load an engine, which was built for another GPU or release, or is damaged: " in told("rtx", body)
 
 
+@pytest.mark.parametrize("kind", ["v8", "rtx"])
+def test_a_build_that_gives_nothing_says_why_and_what_to_do_when_memory_ran_out(kind: str) -> None:
+    """The words are put into the module's own log: no build runs out of memory here."""
+    body = """
+severity = api.module.ILogger.Severity
+found = [str(api._failed("builds no engine"))]
+api.log.log(severity.INFO, "not worth keeping")
+api.log.log(severity.WARNING, "Requested amount of GPU memory could not be allocated: out of memory")
+found.append(str(api._failed("builds no engine")))
+print(json.dumps(found))
+"""
+    silent, full = told(kind, body)
+    assert silent.endswith("builds no engine: it does not say why; is there a GPU?")
+    assert "runs out of memory: end other programs, or choose a smaller batch or workspace. It says: Requested" in full
+
+
 # ---- builds --------------------------------------------------------------------------------------------------
 
 
