@@ -4,6 +4,7 @@
     python benchmarks/strategies.py --data DIR --fit        carry them all to the measured latency: needs a quiet one
     python benchmarks/strategies.py --data DIR              train and judge what has been carried there
     python benchmarks/strategies.py --data DIR --latency    time the networks of all results, in one session
+    python benchmarks/strategies.py --data DIR --fronts     judge the genetic searches' fronts on the final images
     python benchmarks/strategies.py --data DIR --rates      evaluations a minute with one and with two workers
     python benchmarks/strategies.py --table                 the tables of what there is
 
@@ -27,50 +28,29 @@ from pathlib import Path
 from typing import Any
 
 import cifar10
+import numpy as np
 import record
 import strategies_tables as tables
 import torch
 from cifar10 import EXAMPLE, SETTINGS, Case
 from strategies_tables import ARMS, FOLDER, ONCE, TRIED
+from strategies_task import Judged, inside, short
 
-from edgeprune import allocate, allocators, finetune, importance, measure, search, shaping
+from edgeprune import allocate, allocators, finetune, importance, measure, search, shaping, surgery
 from edgeprune.allocate import Allocator, Costs
 from edgeprune.config import MagnitudeSection, RLSection, SearchSection, SoftSection
-from edgeprune.finetune import Settings
 from edgeprune.importance import Importance
 from edgeprune.records import Evaluation
 from edgeprune.runs import Run
 from edgeprune.search import Space, Subject, workers
-from edgeprune.task import Classification
 from edgeprune.watch import Silent
 
-BN_IMAGES = 256  # of a candidate; a finished arm has those of the recipe
 NEAR = 0.02  # latencies of the arms
 ROUNDS = 4  # of carrying plans to the measured latency
 SESSION_S = 45.0  # of timing all of them in turn
+SCAN_IMAGES = 250  # by which magnitude's scan judges each layer at each threshold: 240 evaluations of them
+SOFT_STEPS = 150  # of the gradient, half of what is the default: time
 DRAWS = 20  # of random widths, judged before training only
-
-
-class Judged(Classification):
-    """The task with the last two axes inside, which halves what judging a network takes, and a training by batches."""
-
-    def __init__(self, case: Case, seed: int, batches: int) -> None:
-        images, settings = case.images, Settings(**{**asdict(SETTINGS), "seed": seed})
-        super().__init__(images.train, images.search, images.final, settings, 0, 0)
-        self.count = batches
-
-    def adapt(self, model: torch.nn.Module) -> None:
-        _inside(model)
-        finetune.reestimate_batch_norm(model, islice(self.batches(), BN_IMAGES // SETTINGS.batch_size))
-
-    def judge(self, model: torch.nn.Module, images: int) -> Evaluation:
-        return super().judge(_inside(model), images)
-
-    def train(
-        self, student: torch.nn.Module, teacher: torch.nn.Module, last: bool, folder: Path, progress: Any
-    ) -> list[finetune.Epoch]:
-        short(student, teacher, self._train, self.settings.seed, self.count)
-        return []
 
 
 class Comparison:
@@ -110,6 +90,11 @@ class Comparison:
             }  # fmt: skip
             record.save(name, known)
             print(f"{name}: loss {found.loss:.4f}, accuracy {found.accuracy:.2%}", flush=True)
+        if arm in TRIED and known["evaluations"] != self.options.evaluations:
+            raise SystemExit(
+                f"{name} is of {known['evaluations']} evaluations, not {self.options.evaluations}: delete it, or ask "
+                "for as many"
+            )
         return known
 
     def _found(self, arm: str, share: float, seed: int) -> tuple[dict[str, int], Evaluation, dict[str, Any]]:
@@ -145,10 +130,10 @@ class Comparison:
         return dict(found.units), found.evaluation, more
 
     def _shape(self, subject: Subject, arm: str, budget_ms: float) -> shaping.Shape:
-        images = self.options.images
         if arm == "magnitude":
-            return shaping.by_magnitude(subject, MagnitudeSection(images=images), Silent())  # type: ignore[call-arg]
-        settings = SoftSection(images=images)  # type: ignore[call-arg]
+            scanned = MagnitudeSection(images=SCAN_IMAGES)  # type: ignore[call-arg]
+            return shaping.by_magnitude(subject, scanned, Silent())
+        settings = SoftSection(images=self.options.images, steps=SOFT_STEPS)  # type: ignore[call-arg]
         return shaping.by_gradient(subject, self.costs, budget_ms, (), {}, settings, Silent())
 
     def subject(self, arm: str, share: float, seed: int, scores: Importance | None = None) -> Subject:
@@ -216,8 +201,8 @@ class Comparison:
 
     def cut(self, widths: Mapping[str, int], found: Mapping[str, Any]) -> torch.nn.Module:
         case = self.case
-        scores = {g: torch.tensor(s).numpy() for g, s in found["scores"].items()} if "scores" in found else case.scores
-        return importance_cut(case, scores, widths)
+        scores = {g: np.array(s) for g, s in found["scores"].items()} if "scores" in found else case.scores
+        return surgery.cut(case.dense, case.graph, importance.best(scores, widths))
 
     # ---- training ----
 
@@ -244,7 +229,7 @@ class Comparison:
     def _trained(self, module: torch.nn.Module, seed: int, dense: bool) -> tuple[float, float, float]:
         """(accuracy with batch norm alone, accuracy after the short training, its seconds) on the final images."""
         case = self.case
-        _inside(module)
+        inside(module)
         if not dense:
             batches = case.images.train.batches(SETTINGS.batch_size, shuffle_seed=10_000 + seed, augment=True)
             finetune.reestimate_batch_norm(module, islice(batches, SETTINGS.bn_images // SETTINGS.batch_size))
@@ -253,7 +238,27 @@ class Comparison:
         short(module, case.teacher(seed), case.images.train, seed, self.options.batches)
         return before, finetune.accuracy(module, case.images.final), time.process_time() - began
 
-    # ---- latencies and rates ----
+    # ---- fronts, latencies, rates ----
+
+    def front(self, seed: int) -> None:
+        """The genetic search's front, before training, judged once more on the final images."""
+        share, name = 0.5, f"{FOLDER}/fronts/genetic-0.5-seed{seed}"
+        subject = self.subject("genetic", share, seed)
+        if record.load(name) is not None or not subject.run.has(search.JOURNAL):
+            return
+        plans = []
+        for choice in search.front.read(subject.run.path(f"{search.front.NAME}.json")):
+            module = subject.cut(choice.widths)
+            subject.task.adapt(module)
+            again = finetune.judge(module, self.case.images.final, len(self.case.images.final), 0)
+            plans.append({**asdict(choice), "final_accuracy": again.accuracy, "final_loss": again.loss})
+        corner = (0.9, self.costs.predict_ms(self.costs.dense))  # chance, and the dense latency
+        volumes = {
+            key: search.front.hypervolume(np.array([[1 - p[key], p["predicted_ms"]] for p in plans]), corner)
+            / (corner[0] * corner[1])
+            for key in ("accuracy", "final_accuracy")
+        }
+        record.save(name, {"seed": seed, "plans": plans, "hypervolume": volumes, "corner": corner})
 
     def time_results(self) -> None:
         """All networks in turn, in one session."""
@@ -292,38 +297,6 @@ class Comparison:
         record.save(f"{FOLDER}/rates", {"evaluations": count, "images": self.options.images, "per_minute": minutes})
 
 
-def importance_cut(case: Case, scores: Importance, widths: Mapping[str, int]) -> torch.nn.Module:
-    from edgeprune.surgery import cut
-
-    return cut(case.dense, case.graph, importance.best(scores, widths))
-
-
-def short(module: torch.nn.Module, teacher: torch.nn.Module, train: finetune.Images, seed: int, count: int) -> None:
-    """The recipe of benchmarks/cifar10.py over so many batches instead of an epoch."""
-    optimiser = torch.optim.SGD(
-        module.parameters(), lr=SETTINGS.learning_rate, momentum=SETTINGS.momentum,
-        weight_decay=SETTINGS.weight_decay, nesterov=True,
-    )  # fmt: skip
-    module.train()
-    batches = train.batches(SETTINGS.batch_size, shuffle_seed=1000 * seed, augment=True)
-    for at, (x, y) in zip(range(count), batches, strict=False):
-        for group in optimiser.param_groups:
-            group["lr"] = finetune.cosine(SETTINGS.learning_rate, at, count)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            with torch.no_grad():
-                answer = teacher(x).float()
-            out = module(x).float()
-        loss = finetune.distillation_loss(out, answer, y, SETTINGS.distillation, SETTINGS.temperature)
-        optimiser.zero_grad()
-        torch.autograd.backward(loss)
-        optimiser.step()
-    module.eval()
-
-
-def _inside(module: torch.nn.Module) -> torch.nn.Module:
-    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
 def _arms(comparison: Comparison) -> list[str]:
     return [arm for arm in comparison.options.arms if arm != "dense"]
 
@@ -340,6 +313,9 @@ def work(comparison: Comparison, options: argparse.Namespace) -> None:
         comparison.time_results()
     elif options.rates:
         comparison.rates()
+    elif options.fronts:
+        for seed in options.seeds:
+            comparison.front(seed)
     else:
         for name in comparison.names():
             comparison.run(*name)
@@ -362,6 +338,7 @@ def main() -> None:
     parser.add_argument("--search", action="store_true", help="find widths for every arm")
     parser.add_argument("--fit", action="store_true", help="carry them to the measured latency")
     parser.add_argument("--latency", action="store_true", help="time the networks of all results in one session")
+    parser.add_argument("--fronts", action="store_true", help="judge the genetic fronts on the final images")
     parser.add_argument("--rates", action="store_true", help="evaluations a minute with one and two workers")
     parser.add_argument("--table", action="store_true", help="print the tables of what there is")
     options = parser.parse_args()

@@ -42,7 +42,7 @@ def best_so_far(judged: Sequence[tuple[float, float]], budget_ms: float) -> dict
 
 
 def all_of_them() -> str:
-    return "\n\n".join(part for part in (searches(), summary(), rates()) if part)
+    return "\n\n".join(part for part in (searches(), summary(), fronts(), rates()) if part)
 
 
 def searches() -> str:
@@ -104,6 +104,20 @@ def _row(arm: str, runs: Sequence[Mapping[str, Any]]) -> list[str]:
     plans = len({key(r) for r in runs})
     latency = "1" if arm == "dense" else f"{min(shares):.3f} to {max(shares):.3f}" if plans > 1 else f"{shares[0]:.3f}"
     return [f"{runs[0]['share']:g}", arm, str(len(runs)), str(plans), latency, *accuracies]
+
+
+def fronts() -> str:
+    """Accuracies before training of what a genetic search offers, where it was chosen and where it was not."""
+    found = results("fronts").values()
+    rows = []
+    for r in found:
+        gaps = [100 * (p["accuracy"] - p["final_accuracy"]) for p in r["plans"]]
+        volumes = [f"{r['hypervolume'][key]:.3f}" for key in ("accuracy", "final_accuracy")]
+        rows.append(
+            [str(r["seed"]), str(len(gaps)), *volumes, f"{np.mean(gaps):.1f} ({min(gaps):.1f} to {max(gaps):.1f})"]
+        )
+    header = ["seed", "plans on the front", "hypervolume, search images", "final images", "accuracy lost, points"]
+    return record.table(header, rows) if rows else ""
 
 
 def rates() -> str:
