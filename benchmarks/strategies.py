@@ -11,7 +11,7 @@
 Arms: uniform, knapsack, magnitude and soft, which give one plan for all seeds; random, one draw a seed; and four that
 judge the same number of different networks on images of the search split, anew for each seed: rl, rl with rate 0 (the
 same samples without learning), random-search, genetic. Before a candidate is judged its batch norm is re-estimated on
-256 images. Accuracy is of the final half of the test images, with batch norm re-estimated on 1,024 images, and after
+256 images. knapsack-ce is the knapsack's plan, trained on labels alone. Accuracy is of the final half of the test images, with batch norm re-estimated on 1,024 images, and after
 the same short training with distillation. Every piece is kept, and one that was stopped goes on. The table's correction
 is measured once and kept, so that a search that goes on has the same costs.
 """
@@ -33,8 +33,8 @@ import record
 import strategies_tables as tables
 import torch
 from cifar10 import EXAMPLE, SETTINGS, Case
-from strategies_tables import ARMS, FOLDER, ONCE, TRIED
-from strategies_task import Judged, inside, short
+from strategies_tables import ARMS, FOLDER, ONCE, PLAIN, TRIED
+from strategies_task import Judged, inside, right, short
 
 from edgeprune import allocate, allocators, finetune, importance, measure, search, shaping, surgery
 from edgeprune.allocate import Allocator, Costs
@@ -174,7 +174,9 @@ class Comparison:
                 print(f"{name}: {ratio:.3f} of the budget", flush=True)
 
     def _distinct(self) -> list[tuple[str, float, int]]:
-        return list(dict.fromkeys((a, share, 0 if a in ONCE else seed) for a, share, seed in self.names()))
+        """Of what has been searched."""
+        names = dict.fromkeys((a, share, 0 if a in ONCE else seed) for a, share, seed in self.names())
+        return [n for n in names if record.load(f"{FOLDER}/searches/{tables.name(*n)}") is not None]
 
     def _made(self, name: tuple[str, float, int], found: Mapping[str, Any], before: Any) -> dict[str, Any]:
         arm, share, seed = name
@@ -212,31 +214,40 @@ class Comparison:
         if record.load(name) is not None:
             return
         found: Mapping[str, Any] = {}
-        plan: Mapping[str, Any] | None = {"widths": dict(self.costs.dense), "ratio": 1 / share}
+        plan: dict[str, Any] | None = {"widths": dict(self.costs.dense), "ratio": 1 / share}
         if arm != "dense":
-            at = 0 if arm in ONCE else seed
-            found, plan = self.search(arm, share, seed), record.load(f"{FOLDER}/plans/{tables.name(arm, share, at)}")
-        if plan is None:
-            raise SystemExit(f"{name} has no plan at the measured latency: run --fit first")
-        before, after, seconds = self._trained(self.cut(plan["widths"], found), seed, arm == "dense")
+            source = "knapsack" if arm == PLAIN else arm
+            at = tables.name(source, share, 0 if source in ONCE else seed)
+            plan = record.load(f"{FOLDER}/plans/{at}")
+            if plan is None:
+                print(f"{name} has no plan at the measured latency yet: --search and --fit make one", flush=True)
+                return
+            found = self.search(source, share, seed)
+        trained = self._trained(self.cut(plan["widths"], found), arm, seed)
         result = {
             "arm": arm, "share": share, "seed": seed, "widths": plan["widths"], "ratio": plan["ratio"],
-            "batches": self.options.batches, "accuracy_bn": before, "accuracy": after, "training_seconds": seconds,
+            "batches": self.options.batches, **trained,
         }  # fmt: skip
         record.save(name, result)
-        print(f"{name}: {before:.2%} -> {after:.2%} at {plan['ratio']:.3f} of the budget", flush=True)
+        print(f"{name}: {result['accuracy_bn']:.2%} -> {result['accuracy']:.2%}", flush=True)
 
-    def _trained(self, module: torch.nn.Module, seed: int, dense: bool) -> tuple[float, float, float]:
-        """(accuracy with batch norm alone, accuracy after the short training, its seconds) on the final images."""
-        case = self.case
+    def _trained(self, module: torch.nn.Module, arm: str, seed: int) -> dict[str, Any]:
+        """Accuracy on the final images with batch norm alone and after the short training, and what it gets right."""
+        images = self.case.images
         inside(module)
-        if not dense:
-            batches = case.images.train.batches(SETTINGS.batch_size, shuffle_seed=10_000 + seed, augment=True)
+        if arm != "dense":
+            batches = images.train.batches(SETTINGS.batch_size, shuffle_seed=10_000 + seed, augment=True)
             finetune.reestimate_batch_norm(module, islice(batches, SETTINGS.bn_images // SETTINGS.batch_size))
-        before = finetune.accuracy(module, case.images.final)
+        before = finetune.accuracy(module, images.final)
         began = time.process_time()
-        short(module, case.teacher(seed), case.images.train, seed, self.options.batches)
-        return before, finetune.accuracy(module, case.images.final), time.process_time() - began
+        distillation = 0.0 if arm == PLAIN else SETTINGS.distillation
+        short(module, self.case.teacher(seed), images.train, seed, self.options.batches, distillation)
+        seconds = time.process_time() - began
+        found = right(module, images.final)
+        return {
+            "accuracy_bn": before, "accuracy": float(found.mean()), "right": np.packbits(found).tobytes().hex(),
+            "training_seconds": seconds,
+        }  # fmt: skip
 
     # ---- fronts, latencies, rates ----
 
@@ -274,9 +285,9 @@ class Comparison:
             print(f"{name}: {timing.median_ms / dense.median_ms:.3f} of the dense latency", flush=True)
 
     def _search_of(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        return self.search(result["arm"], result["share"], result["seed"])
+        return self.search("knapsack" if result["arm"] == PLAIN else result["arm"], result["share"], result["seed"])
 
-    def rates(self, count: int = 24) -> None:
+    def rates(self, count: int = 16) -> None:
         """The same candidates judged by one process and by two workers, in turn; answers must be the same."""
         subject = self.subject("random", 0.5, 0)
         asked = [
@@ -298,7 +309,7 @@ class Comparison:
 
 
 def _arms(comparison: Comparison) -> list[str]:
-    return [arm for arm in comparison.options.arms if arm != "dense"]
+    return [arm for arm in comparison.options.arms if arm not in ("dense", PLAIN)]
 
 
 def work(comparison: Comparison, options: argparse.Namespace) -> None:
@@ -319,6 +330,9 @@ def work(comparison: Comparison, options: argparse.Namespace) -> None:
     else:
         for name in comparison.names():
             comparison.run(*name)
+        for share in options.share if PLAIN in options.arms else ():
+            for seed in options.seeds:
+                comparison.run(PLAIN, share, seed)
         if "dense" in options.arms:
             for seed in options.seeds:
                 comparison.run("dense", 1.0, seed)

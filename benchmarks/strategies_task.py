@@ -7,8 +7,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from cifar10 import SETTINGS, Case
+from numpy.typing import NDArray
 
 from edgeprune import finetune
 from edgeprune.finetune import Settings
@@ -40,7 +42,14 @@ class Judged(Classification):
         return []
 
 
-def short(module: torch.nn.Module, teacher: torch.nn.Module, train: finetune.Images, seed: int, count: int) -> None:
+def short(
+    module: torch.nn.Module,
+    teacher: torch.nn.Module,
+    train: finetune.Images,
+    seed: int,
+    count: int,
+    distillation: float = SETTINGS.distillation,
+) -> None:
     """The recipe of benchmarks/cifar10.py over so many batches instead of an epoch."""
     optimiser = torch.optim.SGD(
         module.parameters(), lr=SETTINGS.learning_rate, momentum=SETTINGS.momentum,
@@ -55,7 +64,7 @@ def short(module: torch.nn.Module, teacher: torch.nn.Module, train: finetune.Ima
             with torch.no_grad():
                 answer = teacher(x).float()
             out = module(x).float()
-        loss = finetune.distillation_loss(out, answer, y, SETTINGS.distillation, SETTINGS.temperature)
+        loss = finetune.distillation_loss(out, answer, y, distillation, SETTINGS.temperature)
         optimiser.zero_grad()
         torch.autograd.backward(loss)
         optimiser.step()
@@ -64,3 +73,10 @@ def short(module: torch.nn.Module, teacher: torch.nn.Module, train: finetune.Ima
 
 def inside(module: torch.nn.Module) -> torch.nn.Module:
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+@torch.no_grad()
+def right(module: torch.nn.Module, images: finetune.Images) -> NDArray[np.bool_]:
+    """Which images it gets right, (images,)."""
+    found = [(module.eval()(x).argmax(1) == y).numpy() for x, y in images.batches(250)]
+    return np.concatenate(found)
