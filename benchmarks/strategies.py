@@ -11,9 +11,10 @@
 Arms: uniform, knapsack, magnitude and soft, which give one plan for all seeds; random, one draw a seed; and four that
 judge the same number of different networks on images of the search split, anew for each seed: rl, rl with rate 0 (the
 same samples without learning), random-search, genetic. Before a candidate is judged its batch norm is re-estimated on
-256 images. knapsack-ce is the knapsack's plan, trained on labels alone. Accuracy is of the final half of the test images, with batch norm re-estimated on 1,024 images, and after
-the same short training with distillation. Every piece is kept, and one that was stopped goes on. The table's correction
-is measured once and kept, so that a search that goes on has the same costs.
+256 images. knapsack-ce is the knapsack's plan, trained on labels alone. Accuracy is of the final half of the test
+images, with batch norm re-estimated on 1,024 images, and after the same short training with distillation. Every piece
+is kept, and one that was stopped goes on. The table's correction is measured once and kept, so that a search that goes
+on has the same costs.
 """
 
 from __future__ import annotations
