@@ -4,15 +4,17 @@
     python benchmarks/strategies.py --data DIR --fit        carry them all to the measured latency: needs a quiet one
     python benchmarks/strategies.py --data DIR              train and judge what has been carried there
     python benchmarks/strategies.py --data DIR --latency    time the networks of all results, in one session
+    python benchmarks/strategies.py --data DIR --fronts     judge the genetic searches' fronts on the final images
     python benchmarks/strategies.py --data DIR --rates      evaluations a minute with one and with two workers
     python benchmarks/strategies.py --table                 the tables of what there is
 
 Arms: uniform, knapsack, magnitude and soft, which give one plan for all seeds; random, one draw a seed; and four that
 judge the same number of different networks on images of the search split, anew for each seed: rl, rl with rate 0 (the
 same samples without learning), random-search, genetic. Before a candidate is judged its batch norm is re-estimated on
-256 images. Accuracy is of the final half of the test images, with batch norm re-estimated on 1,024 images, and after
-the same short training with distillation. Every piece is kept, and one that was stopped goes on. The table's correction
-is measured once and kept, so that a search that goes on has the same costs.
+256 images. knapsack-ce is the knapsack's plan, trained on labels alone. Accuracy is of the final half of the test
+images, with batch norm re-estimated on 1,024 images, and after the same short training with distillation. Every piece
+is kept, and one that was stopped goes on. The table's correction is measured once and kept, so that a search that goes
+on has the same costs.
 """
 
 from __future__ import annotations
@@ -27,50 +29,29 @@ from pathlib import Path
 from typing import Any
 
 import cifar10
+import numpy as np
 import record
 import strategies_tables as tables
 import torch
 from cifar10 import EXAMPLE, SETTINGS, Case
-from strategies_tables import ARMS, FOLDER, ONCE, TRIED
+from strategies_tables import ARMS, FOLDER, ONCE, PLAIN, TRIED
+from strategies_task import Judged, inside, right, short
 
-from edgeprune import allocate, allocators, finetune, importance, measure, search, shaping
+from edgeprune import allocate, allocators, finetune, importance, measure, search, shaping, surgery
 from edgeprune.allocate import Allocator, Costs
 from edgeprune.config import MagnitudeSection, RLSection, SearchSection, SoftSection
-from edgeprune.finetune import Settings
 from edgeprune.importance import Importance
 from edgeprune.records import Evaluation
 from edgeprune.runs import Run
 from edgeprune.search import Space, Subject, workers
-from edgeprune.task import Classification
 from edgeprune.watch import Silent
 
-BN_IMAGES = 256  # of a candidate; a finished arm has those of the recipe
 NEAR = 0.02  # latencies of the arms
 ROUNDS = 4  # of carrying plans to the measured latency
 SESSION_S = 45.0  # of timing all of them in turn
+SCAN_IMAGES = 250  # by which magnitude's scan judges each layer at each threshold: 240 evaluations of them
+SOFT_STEPS = 150  # of the gradient, half of what is the default: time
 DRAWS = 20  # of random widths, judged before training only
-
-
-class Judged(Classification):
-    """The task with the last two axes inside, which halves what judging a network takes, and a training by batches."""
-
-    def __init__(self, case: Case, seed: int, batches: int) -> None:
-        images, settings = case.images, Settings(**{**asdict(SETTINGS), "seed": seed})
-        super().__init__(images.train, images.search, images.final, settings, 0, 0)
-        self.count = batches
-
-    def adapt(self, model: torch.nn.Module) -> None:
-        _inside(model)
-        finetune.reestimate_batch_norm(model, islice(self.batches(), BN_IMAGES // SETTINGS.batch_size))
-
-    def judge(self, model: torch.nn.Module, images: int) -> Evaluation:
-        return super().judge(_inside(model), images)
-
-    def train(
-        self, student: torch.nn.Module, teacher: torch.nn.Module, last: bool, folder: Path, progress: Any
-    ) -> list[finetune.Epoch]:
-        short(student, teacher, self._train, self.settings.seed, self.count)
-        return []
 
 
 class Comparison:
@@ -110,6 +91,11 @@ class Comparison:
             }  # fmt: skip
             record.save(name, known)
             print(f"{name}: loss {found.loss:.4f}, accuracy {found.accuracy:.2%}", flush=True)
+        if arm in TRIED and known["evaluations"] != self.options.evaluations:
+            raise SystemExit(
+                f"{name} is of {known['evaluations']} evaluations, not {self.options.evaluations}: delete it, or ask "
+                "for as many"
+            )
         return known
 
     def _found(self, arm: str, share: float, seed: int) -> tuple[dict[str, int], Evaluation, dict[str, Any]]:
@@ -145,10 +131,10 @@ class Comparison:
         return dict(found.units), found.evaluation, more
 
     def _shape(self, subject: Subject, arm: str, budget_ms: float) -> shaping.Shape:
-        images = self.options.images
         if arm == "magnitude":
-            return shaping.by_magnitude(subject, MagnitudeSection(images=images), Silent())  # type: ignore[call-arg]
-        settings = SoftSection(images=images)  # type: ignore[call-arg]
+            scanned = MagnitudeSection(images=SCAN_IMAGES)  # type: ignore[call-arg]
+            return shaping.by_magnitude(subject, scanned, Silent())
+        settings = SoftSection(images=self.options.images, steps=SOFT_STEPS)  # type: ignore[call-arg]
         return shaping.by_gradient(subject, self.costs, budget_ms, (), {}, settings, Silent())
 
     def subject(self, arm: str, share: float, seed: int, scores: Importance | None = None) -> Subject:
@@ -189,7 +175,9 @@ class Comparison:
                 print(f"{name}: {ratio:.3f} of the budget", flush=True)
 
     def _distinct(self) -> list[tuple[str, float, int]]:
-        return list(dict.fromkeys((a, share, 0 if a in ONCE else seed) for a, share, seed in self.names()))
+        """Of what has been searched."""
+        names = dict.fromkeys((a, share, 0 if a in ONCE else seed) for a, share, seed in self.names())
+        return [n for n in names if record.load(f"{FOLDER}/searches/{tables.name(*n)}") is not None]
 
     def _made(self, name: tuple[str, float, int], found: Mapping[str, Any], before: Any) -> dict[str, Any]:
         arm, share, seed = name
@@ -216,8 +204,8 @@ class Comparison:
 
     def cut(self, widths: Mapping[str, int], found: Mapping[str, Any]) -> torch.nn.Module:
         case = self.case
-        scores = {g: torch.tensor(s).numpy() for g, s in found["scores"].items()} if "scores" in found else case.scores
-        return importance_cut(case, scores, widths)
+        scores = {g: np.array(s) for g, s in found["scores"].items()} if "scores" in found else case.scores
+        return surgery.cut(case.dense, case.graph, importance.best(scores, widths))
 
     # ---- training ----
 
@@ -227,33 +215,62 @@ class Comparison:
         if record.load(name) is not None:
             return
         found: Mapping[str, Any] = {}
-        plan: Mapping[str, Any] | None = {"widths": dict(self.costs.dense), "ratio": 1 / share}
+        plan: dict[str, Any] | None = {"widths": dict(self.costs.dense), "ratio": 1 / share}
         if arm != "dense":
-            at = 0 if arm in ONCE else seed
-            found, plan = self.search(arm, share, seed), record.load(f"{FOLDER}/plans/{tables.name(arm, share, at)}")
-        if plan is None:
-            raise SystemExit(f"{name} has no plan at the measured latency: run --fit first")
-        before, after, seconds = self._trained(self.cut(plan["widths"], found), seed, arm == "dense")
+            source = "knapsack" if arm == PLAIN else arm
+            at = tables.name(source, share, 0 if source in ONCE else seed)
+            plan = record.load(f"{FOLDER}/plans/{at}")
+            if plan is None:
+                print(f"{name} has no plan at the measured latency yet: --search and --fit make one", flush=True)
+                return
+            found = self.search(source, share, seed)
+        trained = self._trained(self.cut(plan["widths"], found), arm, seed)
         result = {
             "arm": arm, "share": share, "seed": seed, "widths": plan["widths"], "ratio": plan["ratio"],
-            "batches": self.options.batches, "accuracy_bn": before, "accuracy": after, "training_seconds": seconds,
+            "batches": self.options.batches, **trained,
         }  # fmt: skip
         record.save(name, result)
-        print(f"{name}: {before:.2%} -> {after:.2%} at {plan['ratio']:.3f} of the budget", flush=True)
+        print(f"{name}: {result['accuracy_bn']:.2%} -> {result['accuracy']:.2%}", flush=True)
 
-    def _trained(self, module: torch.nn.Module, seed: int, dense: bool) -> tuple[float, float, float]:
-        """(accuracy with batch norm alone, accuracy after the short training, its seconds) on the final images."""
-        case = self.case
-        _inside(module)
-        if not dense:
-            batches = case.images.train.batches(SETTINGS.batch_size, shuffle_seed=10_000 + seed, augment=True)
+    def _trained(self, module: torch.nn.Module, arm: str, seed: int) -> dict[str, Any]:
+        """Accuracy on the final images with batch norm alone and after the short training, and what it gets right."""
+        images = self.case.images
+        inside(module)
+        if arm != "dense":
+            batches = images.train.batches(SETTINGS.batch_size, shuffle_seed=10_000 + seed, augment=True)
             finetune.reestimate_batch_norm(module, islice(batches, SETTINGS.bn_images // SETTINGS.batch_size))
-        before = finetune.accuracy(module, case.images.final)
+        before = finetune.accuracy(module, images.final)
         began = time.process_time()
-        short(module, case.teacher(seed), case.images.train, seed, self.options.batches)
-        return before, finetune.accuracy(module, case.images.final), time.process_time() - began
+        distillation = 0.0 if arm == PLAIN else SETTINGS.distillation
+        short(module, self.case.teacher(seed), images.train, seed, self.options.batches, distillation)
+        seconds = time.process_time() - began
+        found = right(module, images.final)
+        return {
+            "accuracy_bn": before, "accuracy": float(found.mean()), "right": np.packbits(found).tobytes().hex(),
+            "training_seconds": seconds,
+        }  # fmt: skip
 
-    # ---- latencies and rates ----
+    # ---- fronts, latencies, rates ----
+
+    def front(self, seed: int) -> None:
+        """The genetic search's front, before training, judged once more on the final images."""
+        share, name = 0.5, f"{FOLDER}/fronts/genetic-0.5-seed{seed}"
+        subject = self.subject("genetic", share, seed)
+        if record.load(name) is not None or not subject.run.has(search.JOURNAL):
+            return
+        plans = []
+        for choice in search.front.read(subject.run.path(f"{search.front.NAME}.json")):
+            module = subject.cut(choice.widths)
+            subject.task.adapt(module)
+            again = finetune.judge(module, self.case.images.final, len(self.case.images.final), 0)
+            plans.append({**asdict(choice), "final_accuracy": again.accuracy, "final_loss": again.loss})
+        corner = (0.9, self.costs.predict_ms(self.costs.dense))  # chance, and the dense latency
+        volumes = {
+            key: search.front.hypervolume(np.array([[1 - p[key], p["predicted_ms"]] for p in plans]), corner)
+            / (corner[0] * corner[1])
+            for key in ("accuracy", "final_accuracy")
+        }
+        record.save(name, {"seed": seed, "plans": plans, "hypervolume": volumes, "corner": corner})
 
     def time_results(self) -> None:
         """All networks in turn, in one session."""
@@ -269,9 +286,9 @@ class Comparison:
             print(f"{name}: {timing.median_ms / dense.median_ms:.3f} of the dense latency", flush=True)
 
     def _search_of(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        return self.search(result["arm"], result["share"], result["seed"])
+        return self.search("knapsack" if result["arm"] == PLAIN else result["arm"], result["share"], result["seed"])
 
-    def rates(self, count: int = 24) -> None:
+    def rates(self, count: int = 16) -> None:
         """The same candidates judged by one process and by two workers, in turn; answers must be the same."""
         subject = self.subject("random", 0.5, 0)
         asked = [
@@ -292,40 +309,8 @@ class Comparison:
         record.save(f"{FOLDER}/rates", {"evaluations": count, "images": self.options.images, "per_minute": minutes})
 
 
-def importance_cut(case: Case, scores: Importance, widths: Mapping[str, int]) -> torch.nn.Module:
-    from edgeprune.surgery import cut
-
-    return cut(case.dense, case.graph, importance.best(scores, widths))
-
-
-def short(module: torch.nn.Module, teacher: torch.nn.Module, train: finetune.Images, seed: int, count: int) -> None:
-    """The recipe of benchmarks/cifar10.py over so many batches instead of an epoch."""
-    optimiser = torch.optim.SGD(
-        module.parameters(), lr=SETTINGS.learning_rate, momentum=SETTINGS.momentum,
-        weight_decay=SETTINGS.weight_decay, nesterov=True,
-    )  # fmt: skip
-    module.train()
-    batches = train.batches(SETTINGS.batch_size, shuffle_seed=1000 * seed, augment=True)
-    for at, (x, y) in zip(range(count), batches, strict=False):
-        for group in optimiser.param_groups:
-            group["lr"] = finetune.cosine(SETTINGS.learning_rate, at, count)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            with torch.no_grad():
-                answer = teacher(x).float()
-            out = module(x).float()
-        loss = finetune.distillation_loss(out, answer, y, SETTINGS.distillation, SETTINGS.temperature)
-        optimiser.zero_grad()
-        torch.autograd.backward(loss)
-        optimiser.step()
-    module.eval()
-
-
-def _inside(module: torch.nn.Module) -> torch.nn.Module:
-    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
 def _arms(comparison: Comparison) -> list[str]:
-    return [arm for arm in comparison.options.arms if arm != "dense"]
+    return [arm for arm in comparison.options.arms if arm not in ("dense", PLAIN)]
 
 
 def work(comparison: Comparison, options: argparse.Namespace) -> None:
@@ -340,9 +325,15 @@ def work(comparison: Comparison, options: argparse.Namespace) -> None:
         comparison.time_results()
     elif options.rates:
         comparison.rates()
+    elif options.fronts:
+        for seed in options.seeds:
+            comparison.front(seed)
     else:
         for name in comparison.names():
             comparison.run(*name)
+        for share in options.share if PLAIN in options.arms else ():
+            for seed in options.seeds:
+                comparison.run(PLAIN, share, seed)
         if "dense" in options.arms:
             for seed in options.seeds:
                 comparison.run("dense", 1.0, seed)
@@ -362,6 +353,7 @@ def main() -> None:
     parser.add_argument("--search", action="store_true", help="find widths for every arm")
     parser.add_argument("--fit", action="store_true", help="carry them to the measured latency")
     parser.add_argument("--latency", action="store_true", help="time the networks of all results in one session")
+    parser.add_argument("--fronts", action="store_true", help="judge the genetic fronts on the final images")
     parser.add_argument("--rates", action="store_true", help="evaluations a minute with one and two workers")
     parser.add_argument("--table", action="store_true", help="print the tables of what there is")
     options = parser.parse_args()

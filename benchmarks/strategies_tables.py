@@ -9,11 +9,16 @@ from typing import Any
 
 import numpy as np
 import record
+from numpy.typing import NDArray
+from scipy.stats import binomtest
 
 FOLDER = "strategies"
 ONCE = ("uniform", "knapsack", "magnitude", "soft")  # one plan for all seeds
 TRIED = ("rl", "rl-rate-0", "random-search", "genetic")
-ARMS = ("dense", *ONCE, "random", *TRIED)
+PLAIN = "knapsack-ce"  # the knapsack's plan, trained on labels alone
+ARMS = ("dense", *ONCE, PLAIN, "random", *TRIED)
+PAIRS = (("rl", "random-search"), ("rl", "rl-rate-0"), ("rl", "uniform"), ("genetic", "random-search"),
+         ("rl", "knapsack"), ("knapsack", "uniform"), ("knapsack", PLAIN))  # fmt: skip
 MARKS = (25, 50, 100, 150, 200, 300)  # evaluations after which the best so far is noted
 
 
@@ -42,7 +47,7 @@ def best_so_far(judged: Sequence[tuple[float, float]], budget_ms: float) -> dict
 
 
 def all_of_them() -> str:
-    return "\n\n".join(part for part in (searches(), summary(), rates()) if part)
+    return "\n\n".join(part for part in (searches(), summary(), paired(), fronts(), rates()) if part)
 
 
 def searches() -> str:
@@ -104,6 +109,43 @@ def _row(arm: str, runs: Sequence[Mapping[str, Any]]) -> list[str]:
     plans = len({key(r) for r in runs})
     latency = "1" if arm == "dense" else f"{min(shares):.3f} to {max(shares):.3f}" if plans > 1 else f"{shares[0]:.3f}"
     return [f"{runs[0]['share']:g}", arm, str(len(runs)), str(plans), latency, *accuracies]
+
+
+def paired() -> str:
+    """Two arms on the same final images, after training, seed by seed: McNemar's exact test."""
+    found, rows = results(), []
+    for share in sorted({r["share"] for r in found.values() if r["arm"] != "dense"}):
+        for one, other in PAIRS:
+            for seed in sorted({r["seed"] for r in found.values()}):
+                both = [found.get(name(arm, share, seed)) for arm in (one, other)]
+                if both[0] and both[1]:
+                    rows.append([f"{share:g}", f"{one} - {other}", str(seed), *_mcnemar(*map(_right, both))])
+    header = ["budget / dense", "arms", "seed", "points", "only the first right", "only the second", "p"]
+    return record.table(header, rows) if rows else ""
+
+
+def _mcnemar(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> list[str]:
+    first, second = int((a & ~b).sum()), int((b & ~a).sum())
+    p = binomtest(first, first + second).pvalue if first + second else 1.0
+    return [f"{100 * (a.mean() - b.mean()):+.2f}", str(first), str(second), f"{p:.2g}"]
+
+
+def _right(result: Mapping[str, Any]) -> NDArray[np.bool_]:
+    return np.unpackbits(np.frombuffer(bytes.fromhex(result["right"]), dtype=np.uint8)).astype(bool)
+
+
+def fronts() -> str:
+    """Accuracies before training of what a genetic search offers, where it was chosen and where it was not."""
+    found = results("fronts").values()
+    rows = []
+    for r in found:
+        gaps = [100 * (p["accuracy"] - p["final_accuracy"]) for p in r["plans"]]
+        volumes = [f"{r['hypervolume'][key]:.3f}" for key in ("accuracy", "final_accuracy")]
+        rows.append(
+            [str(r["seed"]), str(len(gaps)), *volumes, f"{np.mean(gaps):.1f} ({min(gaps):.1f} to {max(gaps):.1f})"]
+        )
+    header = ["seed", "plans on the front", "hypervolume, search images", "final images", "accuracy lost, points"]
+    return record.table(header, rows) if rows else ""
 
 
 def rates() -> str:

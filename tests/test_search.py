@@ -144,6 +144,23 @@ def test_rl_comes_nearer_to_a_known_best_distribution_than_the_same_samples_with
     assert np.median(learnt / random) < 0.7
 
 
+@pytest.mark.slow
+def test_rl_comes_nearer_to_a_known_best_distribution_than_a_flat_random_search_of_equal_number() -> None:
+    space = searching.space()
+    units = np.array([space.costs.dense[g] for g in space.groups], dtype=float)
+    pairs = []
+    for seed in range(9):
+        best = np.random.default_rng(seed).dirichlet(units / units.mean())
+        goal = kept(space, space.removing(dict(zip(space.groups, best.tolist(), strict=True))).widths)
+        found = []
+        for search in (lambda t, s=seed: rl.search(t, RLSection(), s), lambda t, s=seed: randomly.search(t, s)):
+            found.append(search(searching.trying(space, towards(space, goal), 200)))
+        pairs.append([np.abs(kept(space, candidate.units) - goal).sum() for candidate in found])
+    learnt, flat = np.array(pairs).T
+    assert np.median(learnt) < np.median(flat)
+    assert (learnt < flat).sum() >= 6
+
+
 def test_lookahead_judges_the_next_budget_of_the_schedule_too() -> None:
     space = searching.space(share=0.7, steps=2)
     trying = searching.trying(space, useful(space, 0), 30)
