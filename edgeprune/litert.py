@@ -96,19 +96,6 @@ def quantise(content: bytes, precision: Precision, calibration: Sequence[Sequenc
         return bytes(work.quantize(ranges.get_model_qsvs()).quantized_model)
 
 
-def slices(arrays: Sequence[NDArray[Any]], example: Example) -> list[list[NDArray[Any]]]:
-    """Images as samples of the model's batch size and layout.
-
-    Args:
-        arrays: of every input, (images, ...).
-        example: whose batch size the model has.
-    """
-    args, kwargs = as_call(example)
-    batch = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).shape[0]
-    starts = range(0, len(arrays[0]) - batch + 1, batch)
-    return [[channels_last(np.asarray(a[at : at + batch], dtype=np.float32)) for a in arrays] for at in starts]
-
-
 def channels_last(x: NDArray[Any]) -> NDArray[Any]:
     """(N, C, H, W) as (N, H, W, C); anything else as it is."""
     return np.ascontiguousarray(x.transpose(0, 2, 3, 1)) if x.ndim == 4 else x

@@ -19,11 +19,11 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from . import export
 from .errors import RuntimeMissing, TraceError
-from .graph import Example, as_call
+from .graph import Example
 
 INSTALL = "pip install 'edgeprune[nvidia]'"
 OPSET, IR = 17, 8  # the newest that TensorRT 8.5 reads
@@ -69,19 +69,6 @@ def computed(model: Any, precision: Precision, samples: Sequence[Sequence[NDArra
         model = quantised(model, samples)
     _onnx().checker.check_model(model)
     return bytes(model.SerializeToString())
-
-
-def slices(arrays: Sequence[NDArray[Any]], example: Example) -> list[list[NDArray[Any]]]:
-    """Images as samples of the network's batch size.
-
-    Args:
-        arrays: of every input, (images, ...).
-        example: whose batch size the network has.
-    """
-    args, kwargs = as_call(example)
-    batch = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).shape[0]
-    starts = range(0, len(arrays[0]) - batch + 1, batch)
-    return [[np.asarray(a[at : at + batch], dtype=np.float32) for a in arrays] for at in starts]
 
 
 def _onnx() -> Any:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import base64
-import tempfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from .. import files, trtgraph, trtlayer
-from ..errors import RuntimeMissing, TargetError, UsageError
 from ..graph import Example
 from ..host import Here, Host, Ssh
 from ..profilers import onnx_inputs, trt_names
-from ..records import Artifact, DeviceState, Fingerprint, LayerShape, Operators, Progress, Timing
-from ..target import Target, fingerprint_of, record_of
+from ..records import Artifact, Fingerprint, LayerShape, Operators
+from ..served import Served, exported
+from ..target import SILENCE_S, Target
 
-SILENCE_S = 300.0  # without a word from the device program for this long, it hangs: builds give signs of life
 MODEL = "model.onnx"
 
 
@@ -53,93 +50,39 @@ def open_target(name: str, options: Options) -> Target:
     return Jetson(name, options, Here() if options.host is None else Ssh(options.host, options.ssh_config))
 
 
-class Jetson:
-    """TensorRT in a process of its own, below the device program."""
+class Jetson(Served):
+    """TensorRT in a process of its own, below the device program, which gives signs of life while it builds."""
 
     def __init__(self, name: str, options: Options, host: Host) -> None:
-        self.name, self.options, self.host = name, options, host
-        self.runtime = "tensorrt"
+        self.options = options
         kept = ("precision", "device", "backend", "tf32", "external_tactics", "workspace_mib")
-        self.opening: Mapping[str, Any] = {
+        opening = {
             **{key: getattr(options, key) for key in kept},
             "dla": -1 if options.dla is None else options.dla,
             "power_mode": "",  # a smoke test of an installed model switches nothing
         }
-        try:
-            self._agent = host.start(self.runtime)
-            opened = self._agent.call("open", SILENCE_S, **{**self.opening, "power_mode": options.power_mode})
-        except TargetError as error:
-            host.close()
-            if isinstance(error, RuntimeMissing):
-                raise RuntimeMissing(f"target {name} cannot run its device program ({error})") from error
-            raise
-        self._machine: dict[str, str] = opened["machine"]
+        asked = {"power_mode": options.power_mode}  # put back when the device program ends
+        super().__init__(name, host, "tensorrt", opening, "cannot run its device program", asked)
 
     def fingerprint(self) -> Fingerprint:
         """The power mode and the limits of the clocks are a part of it: a table of one mode serves no other."""
-        return fingerprint_of("jetson", self.options.precision, 1, self._machine)
+        return self.fingerprint_as("jetson", self.options.precision, 1)
 
     def timed_as(self, shape: LayerShape) -> LayerShape | None:
         return shape if trtlayer.buildable(shape) else None
 
-    def time(
-        self, items: Sequence[LayerShape | Artifact], least: int, most: int, interval: float, budget_s: float
-    ) -> list[Timing]:
-        wire = [
-            {"forms": self._packed(i)} if isinstance(i, LayerShape) else {"model": self.host.put(Path(i.path))}
-            for i in items
-        ]
-        reply = self._agent.call(
-            "time", SILENCE_S + 3 * budget_s, items=wire, least=least, most=most, interval=interval, budget_s=budget_s
-        )
-        return [record_of(Timing, timing) for timing in reply["timings"]]
-
-    def _packed(self, shape: LayerShape) -> list[tuple[str, list[str]]]:
+    def packed(self, shape: LayerShape) -> dict[str, Any]:
         made = trtlayer.forms(shape, self.options.precision)
-        return [(base64.b64encode(zlib.compress(content)).decode(), nodes) for content, nodes in made]
+        return {"forms": [(base64.b64encode(zlib.compress(content)).decode(), nodes) for content, nodes in made]}
 
     def export(self, module: Any, example: Example, folder: Path, calibration: Sequence[NDArray[Any]] = ()) -> Artifact:
         """model.onnx: the engine is built on the device, and kept there."""
-        int8 = self.options.precision == "int8"
-        if int8 and not calibration:
-            raise UsageError(
-                f"target {self.name} has precision int8, which is calibrated on images: give the project a [data] "
-                "section, or `batches` to edgeprune.compress; or choose precision f32 or f16"
-            )
+        samples = self.samples(calibration, example, self.options.precision)
         folder.mkdir(parents=True, exist_ok=True)
-        samples = trtgraph.slices(calibration, example) if int8 else ()
         content = trtgraph.convert(module, example, self.options.precision, samples)
-        path = folder / MODEL
-        with files.writing(path) as beside:
+        with files.writing(folder / MODEL) as beside:
             beside.write_bytes(content)
-        return Artifact(
-            path=str(path),
-            files=(str(path),),
-            sha256=files.sha256(path),
-            size_bytes=path.stat().st_size,
-            format="onnx",
-            precision=self.options.precision,
-        )
-
-    def run(
-        self, artifact: Artifact, inputs: Sequence[NDArray[Any]], progress: Progress | None = None
-    ) -> NDArray[np.float32]:
-        def on_event(event: Any) -> None:
-            if progress is not None and "done" in event:
-                progress(int(event["done"]), int(event["of"]))
-
-        with tempfile.TemporaryDirectory(prefix="edgeprune-run-") as folder:
-            sent = []
-            for at, array in enumerate(inputs):
-                np.save(f"{folder}/input{at}.npy", array)
-                sent.append(self.host.put(Path(f"{folder}/input{at}.npy")))
-            model, output = self.host.put(Path(artifact.path)), self.host.place("output.npy")
-            self._agent.call("run", SILENCE_S, on_event, path=model, inputs=sent, output=output)
-            self.host.get(output, Path(f"{folder}/output.npy"))
-            return np.asarray(np.load(f"{folder}/output.npy", allow_pickle=False), dtype=np.float32)
-
-    def stored(self, inputs: NDArray[Any]) -> NDArray[Any]:
-        return inputs
+        return exported(folder / MODEL, "onnx", self.options.precision)
 
     def operators(self, folder: Path) -> Operators:
         """Each module's time in the fused engine, reformats and what cannot be attributed in lines of their own.
@@ -152,14 +95,6 @@ class Jetson:
         names = trt_names.Names(onnx_inputs.nodes((folder / MODEL).read_bytes()))
         rows, kinds = [(n, ms) for n, _, ms in found["layers"]], {n: kind for n, kind, _ in found["layers"]}
         return Operators(tuple(calibrated(rows, names, kinds, found["whole_ms"])), found["whole_ms"], "")
-
-    def state(self) -> DeviceState:
-        return record_of(DeviceState, self._agent.call("state", SILENCE_S))
-
-    def close(self) -> None:
-        """The device program ends, and with it a power mode that was asked for."""
-        self._agent.close()
-        self.host.close()
 
 
 def calibrated(

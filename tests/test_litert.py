@@ -234,7 +234,7 @@ def test_images_go_to_a_board_in_parts_that_do_not_pile_up_there(
     images = np.random.default_rng(0).normal(size=(10, 3, 8, 8)).astype(np.float32)
     whole, told = here.run(artifact, [images]), []
     cache, module = tmp_path / "cache", importlib.import_module("edgeprune.targets.tflite")
-    monkeypatch.setattr(module, "PART_BYTES", 4 * images[0].nbytes)
+    monkeypatch.setattr(module.Tflite, "part_bytes", 4 * images[0].nbytes)
     with closing(module.Tflite("pi", module.Options(), Ssh("board", server.config, str(cache)))) as board:
         found = board.run(artifact, [images], lambda done, of: told.append((done, of)))
         assert not list(cache.rglob("input*"))
