@@ -163,27 +163,31 @@ def train(
     if epochs == 0:
         return []
     fabric = _fabric(student, train_images, settings)
-    arguments = (student, teacher, train_images, search_images, epochs, settings, folder)
+    course = _Course(train_images, search_images, epochs, settings, folder)
     if settings.devices == 1:
-        history = _train(fabric, *arguments, progress)
+        history = _train(fabric, student, teacher, course, progress)
     else:
-        history = together.launch(fabric, _train, *arguments)
+        history = together.launch(fabric, _train, student, teacher, course)
     load_state(student, read_tensors(folder / BEST), folder)
     return history
 
 
+@dataclass(frozen=True)
+class _Course:
+    """What a network learns from, for how long, and how."""
+
+    train_images: Images
+    search_images: Images
+    epochs: int
+    settings: Settings
+    folder: Path
+
+
 def _train(
-    fabric: Any,
-    student: nn.Module,
-    teacher: nn.Module | None,
-    train_images: Images,
-    search_images: Images,
-    epochs: int,
-    settings: Settings,
-    folder: Path,
-    progress: Progress | None = None,
+    fabric: Any, student: nn.Module, teacher: nn.Module | None, course: _Course, progress: Progress | None = None
 ) -> list[Epoch]:
     """In each of the processes that train together; the first one judges and writes."""
+    settings = course.settings
     optimiser = torch.optim.SGD(
         student.parameters(),
         lr=settings.learning_rate,
@@ -191,41 +195,56 @@ def _train(
         weight_decay=settings.weight_decay,
         nesterov=settings.momentum > 0,
     )
-    checkpoint = _Checkpoint(folder, student, optimiser)
+    checkpoint = _Checkpoint(course.folder, student, optimiser)
     history = checkpoint.resume()
     model, wrapped = fabric.setup(student, optimiser)
-    share = settings.distillation if teacher is not None else 0.0
     if teacher is not None:
         teacher = fabric.to_device(teacher.eval())
-    per_epoch = math.ceil(len(train_images) / settings.batch_size)
-    for epoch in range(len(history), epochs):
-        began, losses = time.monotonic(), []
+    for epoch in range(len(history), course.epochs):
+        began = time.monotonic()
         student.train()
-        batches = train_images.batches(settings.batch_size, shuffle_seed=settings.seed * 1000 + epoch, augment=True)
-        for at, batch in enumerate(batches):
-            for group in optimiser.param_groups:
-                group["lr"] = cosine(settings.learning_rate, epoch * per_epoch + at, epochs * per_epoch)
-            mine = together.part(fabric, *batch)
-            if mine is None:
-                continue
-            x, y = fabric.to_device(mine[:2])
-            with torch.no_grad(), fabric.autocast():
-                target = teacher(x).float() if teacher is not None else x
-            loss = mine[2] * distillation_loss(model(x).float(), target, y, share, settings.temperature)
-            wrapped.zero_grad()
-            fabric.backward(loss)
-            wrapped.step()
-            losses.append(float(fabric.all_reduce(loss.detach())))
-            if progress is not None:
-                progress(epoch * per_epoch + at + 1, epochs * per_epoch)
-        mean = sum(losses) / max(len(losses), 1)
-        if not math.isfinite(mean):
-            raise RunError(f"the loss is {mean} in epoch {epoch + 1}; lower finetune.learning_rate")
+        loss = _epoch(fabric, model, wrapped, teacher, course, epoch, progress)
+        if not math.isfinite(loss):
+            raise RunError(f"the loss is {loss} in epoch {epoch + 1}; lower finetune.learning_rate")
         if fabric.is_global_zero:
-            reached = Epoch(epoch + 1, mean, accuracy(student, search_images), time.monotonic() - began)
+            reached = Epoch(epoch + 1, loss, accuracy(student, course.search_images), time.monotonic() - began)
             history.append(reached)
             checkpoint.save(history)
     return history
+
+
+def _epoch(
+    fabric: Any,
+    model: Any,
+    optimiser: Any,
+    teacher: nn.Module | None,
+    course: _Course,
+    epoch: int,
+    progress: Progress | None,
+) -> float:
+    """One pass over the training images; the mean loss."""
+    settings, losses = course.settings, []
+    share = settings.distillation if teacher is not None else 0.0
+    per_epoch = math.ceil(len(course.train_images) / settings.batch_size)
+    seed = settings.seed * 1000 + epoch
+    for at, batch in enumerate(course.train_images.batches(settings.batch_size, shuffle_seed=seed, augment=True)):
+        step, steps = epoch * per_epoch + at, course.epochs * per_epoch
+        for group in optimiser.param_groups:
+            group["lr"] = cosine(settings.learning_rate, step, steps)
+        mine = together.part(fabric, *batch)
+        if mine is None:
+            continue
+        x, y = fabric.to_device(mine[:2])
+        with torch.no_grad(), fabric.autocast():
+            target = teacher(x).float() if teacher is not None else x
+        loss = mine[2] * distillation_loss(model(x).float(), target, y, share, settings.temperature)
+        optimiser.zero_grad()
+        fabric.backward(loss)
+        optimiser.step()
+        losses.append(float(fabric.all_reduce(loss.detach())))
+        if progress is not None:
+            progress(step + 1, steps)
+    return sum(losses) / max(len(losses), 1)
 
 
 def cosine(peak: float, step: int, steps: int) -> float:
