@@ -7,10 +7,9 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from . import (
@@ -57,6 +56,26 @@ class Also:
     def run_in(self, run: Run) -> Run:
         """Where its part of a run lies."""
         return Run(run.path(f"also-{self.target.name}"))
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What all stages of a run share."""
+
+    dense: nn.Module  # the trained network, never changed
+    graph: ModelGraph
+    task: Task
+    asked: Asked
+    run: Run
+    watch: Watch
+
+
+@dataclass(frozen=True, eq=False)
+class Student:
+    """The network on its way: the dense one cut to `keep`, and trained since."""
+
+    model: nn.Module
+    keep: Keep  # empty: nothing is cut yet
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,34 +129,28 @@ def compress(
     if not run.has("verify.json"):
         if measured is not None and not run.has("preflight.json"):
             run.write("preflight.json", planning.PREFLIGHT, measured.read("preflight.json", planning.PREFLIGHT))
-        student, keep = _begun(model, within)
+        job = Job(model, graph, task, asked, run, watch)
+        begun = _begun(model, within)
         with watch.stage("score channels"):
-            scores = current_scores(student, graph, keep, task, asked)
-        images = calibration(task, [target, *(a.target for a in also)])
-        aims = [aim_at(target, asked.budget, graph, model, scores, asked, run, store, watch, images)]
-        aims += [
-            aim_at(a.target, a.budget, graph, model, scores, asked, a.run_in(run), store, watch, images) for a in also
-        ]
+            scores = current_scores(job, begun)
+        aims = [aim_at(job, target, asked.budget, run, scores, store)]
+        aims += [aim_at(job, a.target, a.budget, a.run_in(run), scores, store) for a in also]
         first: Chosen | None = None
         if not run.has("step-1/plan.json"):  # the contract is checked before any training
-            first = planning.meet(
-                _at_most(aims, keep), scores, strategies.forecast(asked), watch, budgets.size_bytes(asked.budget)
-            )
+            left, size = _at_most(aims, begun.keep), budgets.size_bytes(asked.budget)
+            first = planning.meet(left, scores, strategies.forecast(asked), watch, size)
             watch.say(f"a plan of {first.measured_ms:.4g} ms holds on the device")
-        begun = student, keep
-        schedule = _budgets(aims, keep, asked.steps)
+        student, schedule = begun, _budgets(aims, begun.keep, asked.steps)
         for step in range(1, asked.steps + 1):
             ready = first if asked.steps == 1 and asked.strategy not in strategies.LOOKING else None
-            student, keep = prune_step(
-                step, student, keep, model, graph, aims, schedule[step - 1 :], ready, task, asked, run, watch
-            )
+            student = prune_step(job, step, student, aims, schedule[step - 1 :], ready)
         if asked.floors:
-            student, keep = hold_floors(student, keep, *begun, model, graph, aims, task, asked, run, watch)
+            student = hold_floors(job, student, begun, aims)
         write_layers(run, aims[0].costs, floors.last_step(run, asked.steps))
-        runs.save_model(run, student, graph, keep)
+        runs.save_model(run, student.model, graph, student.keep)
         for one, aim in zip(also, aims[1:], strict=True):
-            verify_run(model, student, graph, aim, one.budget, task, asked, one.run_in(run), run, watch)
-        verify_run(model, student, graph, aims[0], asked.budget, task, asked, run, run, watch)
+            verify_run(job, student.model, aim, one.budget, one.run_in(run))
+        verify_run(job, student.model, aims[0], asked.budget, run)
     pruned = runs.load_model(run, model)
     recipe = run.read("recipe.json", runs.RECIPE)
     others = tuple((a.target.name, _report(a.run_in(run))) for a in also)
@@ -148,38 +161,35 @@ def _report(run: Run) -> VerifyReport:
     return runs.as_record(VerifyReport, run.read("verify.json", verify.FORMAT))
 
 
-def _begun(model: nn.Module, within: Run | None) -> tuple[nn.Module, Keep]:
-    """The network to start from, and the units that it has left."""
+def _begun(model: nn.Module, within: Run | None) -> Student:
+    """The network to start from."""
     if within is None:
-        return model, {}
-    return runs.load_model(within, model), runs.keep_of(within.read("recipe.json", runs.RECIPE)["keep"])
+        return Student(model, {})
+    return Student(runs.load_model(within, model), runs.keep_of(within.read("recipe.json", runs.RECIPE)["keep"]))
 
 
-def aim_at(
-    target: Target,
-    budget: Budget,
-    graph: ModelGraph,
-    model: nn.Module,
-    scores: Importance,
-    asked: Asked,
-    run: Run,
-    store: Store,
-    watch: Watch,
-    calibration: Sequence[NDArray[Any]] = (),
-) -> Aim:
-    """Measure what this network's layers cost on a target, and that its budget can be reached there."""
-    costs = latency_costs(graph, target, asked, store, run, watch)
-    with watch.stage("export the dense network"):
-        bench = Bench(model, graph, target, run.folder, calibration)
-    start, costs = planning.preflight(bench, costs, scores, run, watch, asked.seed)
+def aim_at(job: Job, target: Target, budget: Budget, run: Run, scores: Importance, store: Store) -> Aim:
+    """Measure what the network's layers cost on a target, and that its budget can be reached there.
+
+    Args:
+        job: the whole run's.
+        run: where the target's part of it lies.
+        scores: of the channels that are left.
+        store: latency measurements of earlier runs.
+    """
+    costs = latency_costs(replace(job, run=run), target, store)
+    with job.watch.stage("export the dense network"):
+        bench = bench_on(job, target, run)
+    start, costs = planning.preflight(bench, costs, scores, run, job.watch, job.asked.seed)
     wanted_ms = planning.check_budget(budget, start)
-    watch.say(f"dense {start.dense_ms:.4g} ms, floor {start.floor.measured_ms:.4g} ms, budget {wanted_ms:.4g} ms")
+    job.watch.say(f"dense {start.dense_ms:.4g} ms, floor {start.floor.measured_ms:.4g} ms, budget {wanted_ms:.4g} ms")
     return Aim(bench, costs, wanted_ms)
 
 
-def calibration(task: Task, targets: Sequence[Target]) -> list[NDArray[Any]]:
-    """Some training images, where one of the targets needs them."""
-    return task.calibration() if any(map(calibrated, targets)) else []
+def bench_on(job: Job, target: Target, run: Run) -> Bench:
+    """Where cut networks are exported and timed, with some training images if the target's precision needs them."""
+    images = job.task.calibration() if calibrated(target) else []
+    return Bench(job.dense, job.graph, target, run.folder, images)
 
 
 def _budgets(aims: Sequence[Aim], keep: Keep, steps: int) -> list[tuple[float, ...]]:
@@ -194,13 +204,12 @@ def verify_again(model: nn.Module, target: Target, task: Task, run: Run, watch: 
     asked = _asked(run)
     pruned = runs.load_model(run, model)
     graph = trace(model, runs.read_example(run.path("example.safetensors")), asked.protected)
-    bench = Bench(model, graph, target, run.folder, calibration(task, [target]))
+    job = Job(model, graph, task, asked, run, watch)
+    bench = bench_on(job, target, run)
     bench.time([])
     chosen = _read_plan(run, floors.last_step(run, asked.steps))
     assert chosen is not None
-    report = verify_on(
-        model, pruned, graph, bench, chosen.plan.predicted_ms, asked.budget, task, asked, run, run, watch
-    )
+    report = verify_on(job, pruned, bench, chosen.plan.predicted_ms, asked.budget, run)
     recipe = run.read("recipe.json", runs.RECIPE)
     return Outcome(pruned, runs.keep_of(recipe["keep"]), report, run)
 
@@ -232,93 +241,93 @@ def write_layers(run: Run, costs: Costs, steps: int) -> None:
     run.write("layers.json", LAYERS, {"rows": costs.rows(units), "groups": groups, "correction": costs.correction})
 
 
-def latency_costs(graph: ModelGraph, target: Target, asked: Asked, store: Store, run: Run, watch: Watch) -> Costs:
+def latency_costs(job: Job, target: Target, store: Store) -> Costs:
     """Measure what the store does not know about this network's layers on this device."""
-    blocks = graph.blocks if asked.drop_blocks else ()
-    candidates = widths.candidates(graph.groups, asked.min_width, asked.protected, blocks)
+    asked = job.asked
+    blocks = job.graph.blocks if asked.drop_blocks else ()
+    candidates = widths.candidates(job.graph.groups, asked.min_width, asked.protected, blocks)
     if asked.soft is not None:
-        candidates |= {g: candidates[g][-1:] for g in shaping.isolated(graph, asked.soft)}
-    layers = measure.timed(graph.layers, target)
-    with watch.stage("measure layers") as progress:
+        candidates |= {g: candidates[g][-1:] for g in shaping.isolated(job.graph, asked.soft)}
+    layers = measure.timed(job.graph.layers, target)
+    with job.watch.stage("measure layers") as progress:
         table, filled = measure.fill(layers, candidates, target, store, progress)
-    run.write("table.json", FILLED, {"fingerprint": table.fingerprint, "filled": filled})
+    job.run.write("table.json", FILLED, {"fingerprint": table.fingerprint, "filled": filled})
     return measure.costs(layers, candidates, table, blocks)
 
 
 def prune_step(
+    job: Job,
     step: int,
-    student: nn.Module,
-    keep: Keep,
-    dense: nn.Module,
-    graph: ModelGraph,
+    student: Student,
     aims: Sequence[Aim],
     schedule: Sequence[tuple[float, ...]],
-    ready: Chosen | None,
-    task: Task,
-    asked: Asked,
-    run: Run,
-    watch: Watch,
-) -> tuple[nn.Module, Keep]:
+    ready: Chosen | None = None,
+) -> Student:
     """One step of the schedule: score, plan, cut, re-estimate batch norm, train. Finished pieces are read back.
 
     Args:
+        job: the whole run's.
+        step: its number, from 1.
+        student: the network that the step before left.
+        aims: the targets, the first of which decides.
         schedule: budgets of this step and the later ones, for each target.
+        ready: a plan that holds already.
     """
-    folder, last = run.path(f"step-{step}"), step >= asked.steps
-    chosen = _read_plan(run, step) or ready
-    if chosen is None:
-        scores = current_scores(student, graph, keep, task, asked)
-        left = _at_most(aims, keep)
-        subject = Subject(dense, graph, student, keep, scores, task, Run(folder), asked.protected)
-        allocator, scores = strategies.allocator(subject, left, schedule, asked, watch)
-        chosen = strategies.choose(left, scores, allocator, asked, schedule[0], last, watch)
-    cut = surgery.cut(dense, graph, chosen.keep)
+    run, task, watch = job.run, job.task, job.watch
+    folder, last = run.path(f"step-{step}"), step >= job.asked.steps
+    chosen = _read_plan(run, step) or ready or _chosen(job, student, aims, schedule, folder, last)
+    cut = surgery.cut(job.dense, job.graph, chosen.keep)
     if (folder / "weights.safetensors").exists():
         load_state(cut, read_tensors(folder / "weights.safetensors"), folder)
-        return cut, chosen.keep
-    load_state(cut, surgery.narrow(student.state_dict(), graph, keep, chosen.keep), folder)
+        return Student(cut, chosen.keep)
+    narrowed = surgery.narrow(student.model.state_dict(), job.graph, student.keep, chosen.keep)
+    load_state(cut, narrowed, folder)
     with watch.stage("re-estimate batch norm"):
         task.adapt(cut)
     if not run.has(f"step-{step}/plan.json"):
         with watch.stage("accuracy before and after the cut"):
-            accuracy = {"before": task.evaluate(student), "cut": task.evaluate(cut)}
+            accuracy = {"before": task.evaluate(student.model), "cut": task.evaluate(cut)}
         run.write(f"step-{step}/plan.json", STEP, {"chosen": chosen, "budget_ms": schedule[0][0], "accuracy": accuracy})
-    with watch.stage(f"fine-tune, step {step} of {asked.steps}") as progress:
-        task.train(cut, dense, last, folder, progress)
+    with watch.stage(f"fine-tune, step {step} of {job.asked.steps}") as progress:
+        task.train(cut, job.dense, last, folder, progress)
     save_tensors(cut.state_dict(), folder / "weights.safetensors")
-    return cut, chosen.keep
+    return Student(cut, chosen.keep)
 
 
-def hold_floors(
-    student: nn.Module,
-    keep: Keep,
-    begun: nn.Module,
-    begun_keep: Keep,
-    dense: nn.Module,
-    graph: ModelGraph,
+def _chosen(
+    job: Job,
+    student: Student,
     aims: Sequence[Aim],
-    task: Task,
-    asked: Asked,
-    run: Run,
-    watch: Watch,
-) -> tuple[nn.Module, Keep]:
+    schedule: Sequence[tuple[float, ...]],
+    folder: Path,
+    last: bool,
+) -> Chosen:
+    """The strategy's plan for the first budgets of a schedule, as measured."""
+    scores = current_scores(job, student)
+    left = _at_most(aims, student.keep)
+    subject = Subject(
+        job.dense, job.graph, student.model, student.keep, scores, job.task, Run(folder), job.asked.protected
+    )
+    allocator, scores = strategies.allocator(subject, left, schedule, job.asked, job.watch)
+    return strategies.choose(left, scores, allocator, job.asked, schedule[0], last, job.watch)
+
+
+def hold_floors(job: Job, student: Student, begun: Student, aims: Sequence[Aim]) -> Student:
     """The trained network, or one with more latency, cut anew from `begun`, where a floor is broken. See `floors`."""
-    tries: list[floors.Try] = []
+    asked, tries = job.asked, list[floors.Try]()
     while True:
         step = asked.steps + len(tries)
-        with watch.stage("measure the floors' metrics on the search split"):
-            tries.append(floors.judge(step, aims[0].wanted_ms, asked.floors, task.measure(student)))
+        with job.watch.stage("measure the floors' metrics on the search split"):
+            tries.append(floors.judge(step, aims[0].wanted_ms, asked.floors, job.task.measure(student.model)))
         for line in tries[-1].broken:
-            watch.say(f"on the search split: {line}")
+            job.watch.say(f"on the search split: {line}")
         if not tries[-1].broken or len(tries) > asked.back_off:
-            floors.write(run, tries)
-            return student, keep
+            floors.write(job.run, tries)
+            return student
         aims = [replace(aim, wanted_ms=floors.relaxed(aim.wanted_ms, aim.bench.reference_ms)) for aim in aims]
         wanted = tuple(aim.wanted_ms for aim in aims)
-        watch.say(f"back to a budget of {wanted[0]:.4g} ms")
-        student, keep = prune_step(
-            step + 1, begun, begun_keep, dense, graph, aims, [wanted], None, task, asked, run, watch
-        )
+        job.watch.say(f"back to a budget of {wanted[0]:.4g} ms")
+        student = prune_step(job, step + 1, begun, aims, [wanted])
 
 
 def _read_plan(run: Run, step: int) -> Chosen | None:
@@ -329,15 +338,15 @@ def _read_plan(run: Run, step: int) -> Chosen | None:
     return replace(chosen, keep=runs.keep_of(content["chosen"]["keep"]))
 
 
-def current_scores(student: nn.Module, graph: ModelGraph, keep: Keep, task: Task, asked: Asked) -> Importance:
+def current_scores(job: Job, student: Student) -> Importance:
     """Scores of the student's channels, on the dense network's units; what is gone already scores below all."""
-    groups = surgery.narrow_groups(graph, keep)
-    found = importance.score(student, groups, asked.importance, task.batches(), asked.seed)
+    groups = surgery.narrow_groups(job.graph, student.keep)
+    found = importance.score(student.model, groups, job.asked.importance, job.task.batches(), job.asked.seed)
     scores = {}
-    for group in graph.groups:
+    for group in job.graph.groups:
         scores[group.id] = np.full(group.width, -1.0)
         if group.id in found:
-            scores[group.id][list(keep.get(group.id, range(group.width)))] = found[group.id]
+            scores[group.id][list(student.keep.get(group.id, range(group.width)))] = found[group.id]
     return scores
 
 
@@ -349,51 +358,28 @@ def _units(aim: Aim, keep: Keep) -> dict[str, int]:
     return {g: len(keep[g]) if g in keep else n for g, n in aim.costs.dense.items()}
 
 
-def verify_run(
-    dense: nn.Module,
-    pruned: nn.Module,
-    graph: ModelGraph,
-    aim: Aim,
-    budget: Budget,
-    task: Task,
-    asked: Asked,
-    run: Run,
-    whole: Run,
-    watch: Watch,
-) -> VerifyReport:
+def verify_run(job: Job, pruned: nn.Module, aim: Aim, budget: Budget, run: Run) -> VerifyReport:
     """A finished network on one of its targets, against what its plan promised there."""
-    chosen = _read_plan(whole, floors.last_step(whole, asked.steps))
+    chosen = _read_plan(job.run, floors.last_step(job.run, job.asked.steps))
     assert chosen is not None
-    predicted_ms = aim.costs.predict_ms(chosen.plan.widths)
-    return verify_on(dense, pruned, graph, aim.bench, predicted_ms, budget, task, asked, run, whole, watch)
+    return verify_on(job, pruned, aim.bench, aim.costs.predict_ms(chosen.plan.widths), budget, run)
 
 
-def verify_on(
-    dense: nn.Module,
-    pruned: nn.Module,
-    graph: ModelGraph,
-    bench: Bench,
-    predicted_ms: float,
-    budget: Budget,
-    task: Task,
-    asked: Asked,
-    run: Run,
-    whole: Run,
-    watch: Watch,
-) -> VerifyReport:
-    """Both networks on a target, interleaved; the result is written to `run`, which may be a part of `whole`."""
-    with watch.stage("export the pruned network"):
+def verify_on(job: Job, pruned: nn.Module, bench: Bench, predicted_ms: float, budget: Budget, run: Run) -> VerifyReport:
+    """Both networks on a target, interleaved; the result is written to `run`, which may be a part of the job's."""
+    graph, task, asked = job.graph, job.task, job.asked
+    with job.watch.stage("export the pruned network"):
         artifact = bench.export(pruned, run.path("artifact"))
     smaller = trace(pruned, graph.example)
     networks = [
-        verify.Network(dense, bench.dense, graph.total_params, graph.total_macs),
+        verify.Network(job.dense, bench.dense, graph.total_params, graph.total_macs),
         verify.Network(pruned, artifact, smaller.total_params, smaller.total_macs),
     ]
-    with watch.stage("verify on the device") as progress:
+    with job.watch.stage("verify on the device") as progress:
         report = verify.check(
             networks[0], networks[1], bench.target, budget, predicted_ms, bench.reference_ms, graph.example,
             task.final, asked.accuracy_floor, progress,
-            {name: (floor, task.metrics[name]) for name, floor in asked.floors.items()}, floors.notes(whole),
+            {name: (floor, task.metrics[name]) for name, floor in asked.floors.items()}, floors.notes(job.run),
         )  # fmt: skip
     run.write("verify.json", verify.FORMAT, report)
     return report

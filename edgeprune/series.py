@@ -19,7 +19,6 @@ from .errors import RunError
 from .graph import Example, trace
 from .importance import Importance
 from .pipeline import Outcome
-from .planning import Bench
 from .runs import Run
 from .store import Store
 from .target import Target
@@ -119,9 +118,10 @@ def _planned(
     """Check every budget against the floor, and solve all of them."""
     first = asked[0]
     graph = trace(model, example, first.protected)
-    costs = pipeline.latency_costs(graph, target, first, store, run, watch)
+    job = pipeline.Job(model, graph, task, first, run, watch)
+    costs = pipeline.latency_costs(job, target, store)
     scores = importance.score(model, graph.groups, first.importance, task.batches(), first.seed)
-    bench = Bench(model, graph, target, run.folder, pipeline.calibration(task, [target]))
+    bench = pipeline.bench_on(job, target, run)
     start, costs = planning.preflight(bench, costs, scores, run, watch, first.seed)
     wanted = [planning.check_budget(one.budget, start) for one in asked]
     found = curve(costs, scores, strategies.forecast(first), wanted)
