@@ -32,6 +32,12 @@ OPENING = {
     "workspace_mib": 256, "power_mode": "",
 }  # fmt: skip
 FEATURES = "import dataclasses; print(json.dumps([dataclasses.asdict(api.features), api.network_flags()]))"
+REFUSED = """
+try:
+    api.build(b"", trt_api.Wish("f32", False, -1, True, 256))
+except trt_api.BuildError as error:
+    print(json.dumps(str(error)))
+"""
 BUILD = """
 wish = trt_api.Wish(sys.argv[4], False, int(sys.argv[5]), True, 256)
 found = []
@@ -128,24 +134,12 @@ def test_with_a_real_driver_and_no_gpu_the_device_program_says_so() -> None:
 
 
 def test_without_a_gpu_tensorrt_8_gives_no_builder_and_that_is_an_error_with_its_own_words() -> None:
-    body = """
-try:
-    api.build(b"", trt_api.Wish("f32", False, -1, True, 256))
-except trt_api.BuildError as error:
-    print(json.dumps(str(error)))
-"""
-    assert "tensorrt 8.6.0 gives no Builder: " in told("v8", body)
-    assert "CUDA initialization failure" in told("v8", body)
+    assert "tensorrt 8.6.0 gives no Builder: " in told("v8", REFUSED)
+    assert "CUDA initialization failure" in told("v8", REFUSED)
 
 
 def test_a_runtime_alone_says_that_it_builds_nothing() -> None:
-    body = """
-try:
-    api.build(b"", trt_api.Wish("f32", False, -1, True, 256))
-except trt_api.BuildError as error:
-    print(json.dumps(str(error)))
-"""
-    assert "tensorrt-lean 11.4.0.106 is a runtime alone and builds no engines" in told("lean", body)
+    assert "tensorrt-lean 11.4.0.106 is a runtime alone and builds no engines" in told("lean", REFUSED)
 
 
 def test_an_engine_that_does_not_load_is_an_error_with_its_own_words() -> None:
