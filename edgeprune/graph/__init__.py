@@ -23,7 +23,8 @@ from . import blocks as blocking
 from . import groups as grouping
 from . import layers as layering
 from .labels import Ids, Labels, Ledger
-from .record import Example, Recording, Ref, as_call, record
+from .record import Example, as_call, record
+from .recording import Recording, Ref
 from .rules import has_rule, run_labels
 from .run import Run, StateAxis
 
@@ -156,7 +157,7 @@ def _freeze_module(run: Run, name: str) -> None:
 def _assemble(model: nn.Module, example: Example, run: Run, notes: list[str]) -> ModelGraph:
     ledger, axes = run.ledger, tuple(run.state_axes)
     classes = ledger.settle_grids()
-    groups, units, frozen = grouping.build(ledger, classes, axes, _roles(run))
+    groups, units, frozen = grouping.build(ledger, classes, axes, run.roles)
     owner = np.full(int(classes.max()) + 1, -1)  # class -> number of its group
     for number, unit_classes in enumerate(units):
         owner[unit_classes] = number
@@ -181,14 +182,6 @@ def _assemble(model: nn.Module, example: Example, run: Run, notes: list[str]) ->
         example=example,
         trace=Trace(run.recording, run.labels, axes, classes, {g.id: u for g, u in zip(groups, units, strict=True)}),
     )
-
-
-def _roles(run: Run) -> NDArray[np.str_]:
-    roles = np.full(run.ledger.count, "", dtype="<U5")
-    for ids, role in run.roles:
-        known = ids[ids >= 0].numpy()
-        roles[known] = np.where(roles[known] == "", role, roles[known])
-    return roles
 
 
 def _widths(owner: Ids, classes: Ids, groups: Sequence[ChannelGroup]) -> layering.WidthOf:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..records import Block, ChannelGroup, Layer
-from .record import Op, Recording, Ref, refs_in
+from .recording import Op, Recording, Ref, refs_in
 from .rules import name_of, pointwise, rule_for, zero_where
 from .run import Run, arguments
 

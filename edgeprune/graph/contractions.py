@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from .labels import Label, Labels, Operand, Shape, along, any_zero
-from .record import Op, Ref
+from .labels import Ids, Label, Labels, Operand, Shape, along, any_zero
+from .recording import Op, Ref
 from .run import Run, arguments, as_axis, channel_ids, ids_along, single_along
 
 
@@ -50,7 +49,7 @@ def _slid_over(run: Run, op: Op, labels: Labels, axis: int) -> Labels:
     return tuple(made)
 
 
-def _weight_ids(run: Run, weight: Ref) -> tuple[Tensor, Tensor]:
+def _weight_ids(run: Run, weight: Ref) -> tuple[Ids, Ids]:
     """The ids along a convolution weight's first two axes."""
     shape = run.shape(weight)
     kernel = run.why("positions of a convolution kernel")
@@ -68,7 +67,7 @@ def _fed_by(run: Run, x: Ref) -> str:
     return run.why("reads positions that cannot be removed")
 
 
-def _bind(run: Run, x: Tensor, rows: Tensor, columns: Tensor, groups: int, transposed: bool, fed_by: str) -> Tensor:
+def _bind(run: Run, x: Ids, rows: Ids, columns: Ids, groups: int, transposed: bool, fed_by: str) -> Ids:
     """Bind a weight (rows: first axis, columns: second) to incoming ids; returns the outgoing ids."""
     reads, makes = (rows, columns) if transposed else (columns, rows)
     run.play(reads, "in")
@@ -91,15 +90,15 @@ def _bind(run: Run, x: Tensor, rows: Tensor, columns: Tensor, groups: int, trans
     return rows
 
 
-def _bind_transposed_groups(run: Run, x: Tensor, rows: Tensor, columns: Tensor, groups: int, fed_by: str) -> Tensor:
+def _bind_transposed_groups(run: Run, x: Ids, rows: Ids, columns: Ids, groups: int, fed_by: str) -> Ids:
     run.ledger.unite(x, rows, fed_by)
     grid = rows.reshape(groups, -1)
     run.ledger.unite(grid, grid[:, :1], fed_by)
     run.ledger.freeze(columns, run.why("inside a convolution group: whole groups are cut"))
-    return grid[:, :1].expand(groups, columns.numel()).reshape(-1)
+    return np.broadcast_to(grid[:, :1], (groups, columns.size)).reshape(-1)
 
 
-def _bind_bias(run: Run, bias: Ref | None, out: Tensor) -> None:
+def _bind_bias(run: Run, bias: Ref | None, out: Ids) -> None:
     if bias is not None:
         ids, _ = channel_ids(run, run.of(bias), 0, run.shape(bias)[0], run.why("a computed bias"))
         run.ledger.unite(ids, out, run.why("a bias of positions that cannot be removed"))
@@ -116,7 +115,7 @@ def linear(run: Run, op: Op) -> list[Labels]:
     run.play(rows, "out")
     run.ledger.unite(x_ids, columns, _fed_by(run, x))
     _bind_bias(run, a["bias"], rows)
-    assert rows.numel() == w_shape[0]
+    assert rows.size == w_shape[0]
     return [(*as_axis(rows, axis, len(x_shape), True), *rest)]
 
 
@@ -189,7 +188,7 @@ def product(run: Run, a: Operand, b: Operand) -> Operand:
     )
     run.ledger.heads += run.ledger.beside[before:]
     ndim = max(len(rows), len(columns))
-    batch = torch.broadcast_shapes(rows, columns)
+    batch = np.broadcast_shapes(rows, columns)
     return tuple(_widen(label, ndim) for label in labels), tuple(batch)
 
 
@@ -215,9 +214,9 @@ def _contract(run: Run, a: Label, b: Label, a_ndim: int, b_ndim: int) -> Label |
     reason = run.why("contracted with positions that cannot be removed")
     ndim = max(a_ndim, b_ndim)
     left = _widen(a, ndim)
-    right = _widen(b.on(b.ids.transpose(-1, -2)), ndim)
+    right = _widen(b.on(b.ids.swapaxes(-1, -2)), ndim)
     run.ledger.unite(left.ids, right.ids, reason)
-    ids = torch.maximum(*torch.broadcast_tensors(left.ids, right.ids))
+    ids = np.maximum(left.ids, right.ids)
     joint = Label(ids, left.vanishes or right.vanishes)
     if joint.axes == (ndim - 1,):
         if not joint.vanishes:
@@ -228,7 +227,7 @@ def _contract(run: Run, a: Label, b: Label, a_ndim: int, b_ndim: int) -> Label |
 
 def _widen(label: Label, ndim: int) -> Label:
     ids = label.ids
-    return Label(ids.reshape((1,) * (ndim - ids.dim()) + tuple(ids.shape)), label.vanishes)
+    return Label(ids.reshape((1,) * (ndim - ids.ndim) + ids.shape), label.vanishes)
 
 
 def matmul(run: Run, op: Op) -> list[Labels]:
@@ -239,9 +238,9 @@ def matmul(run: Run, op: Op) -> list[Labels]:
     _play_weight(run, second, -1, -2)
     a_vector, b_vector = len(a[1]) == 1, len(b[1]) == 1
     if a_vector:
-        a = (tuple(label.on(label.ids.unsqueeze(0)) for label in a[0]), (1, *a[1]))
+        a = (tuple(label.on(label.ids[None]) for label in a[0]), (1, *a[1]))
     if b_vector:
-        b = (tuple(label.on(label.ids.unsqueeze(1)) for label in b[0]), (*b[1], 1))
+        b = (tuple(label.on(label.ids[:, None]) for label in b[0]), (*b[1], 1))
     labels, _ = product(run, a, b)
     if a_vector:
         labels = tuple(label.on(label.ids.squeeze(-2)) for label in labels)
@@ -276,7 +275,7 @@ def attention(run: Run, op: Op) -> list[Labels]:
         k, v = _repeat_heads(k, q[1][-3]), _repeat_heads(v, q[1][-3])
     if a["scale"] is None:
         q, k = (_whole_heads_only(run, operand) for operand in (q, k))
-    flipped = tuple(label.on(label.ids.transpose(-1, -2)) for label in k[0])
+    flipped = tuple(label.on(label.ids.swapaxes(-1, -2)) for label in k[0])
     scores = product(run, q, (flipped, (*k[1][:-2], k[1][-1], k[1][-2])))
     mask = a["attn_mask"]
     if mask is not None:
@@ -300,6 +299,6 @@ def _repeat_heads(operand: Operand, heads: int) -> Operand:
     axis = len(shape) - 3
     repeats = heads // shape[axis]
     wide: Sequence[Label] = [
-        label.on(label.ids.repeat_interleave(repeats, axis)) if axis in label.axes else label for label in labels
+        label.on(label.ids.repeat(repeats, axis)) if axis in label.axes else label for label in labels
     ]
     return tuple(wide), (*shape[:axis], heads, *shape[axis + 1 :])

@@ -2,25 +2,26 @@
 
 What depends on the network's input has no data (PyTorch's "meta" device); what does not is computed as ever, since the
 sizes and indices that a network works out for itself are part of its structure.
+
+PyTorch's own way to the shape of a result often takes longer than a small network's whole forward pass. The shapes of
+the most frequent operators are therefore worked out here, and those of the others remembered.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
-from torch.utils.weak import WeakIdKeyDictionary
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves, tree_map
 
 META = torch.device("meta")
-SHAPE_STAYS = (
-    "batch_norm", "layer_norm", "group_norm", "instance_norm", "dropout", "feature_dropout", "alpha_dropout", "relu",
-    "relu6", "hardtanh", "hardswish", "hardsigmoid", "silu", "gelu", "sigmoid", "tanh", "elu", "selu", "celu",
-    "leaky_relu", "mish", "softplus", "exp", "sqrt", "rsqrt", "neg",
-)  # fmt: skip  # PyTorch's own way to their shapes takes longer than a small network's whole forward pass
-BROADCAST = ("add", "sub", "mul", "div")
 PLAIN = (int, float, str, type(None))
+Shape = Sequence[int]
+ShapeOf = Callable[[tuple[Any, ...]], Shape | None]  # of the result, from the operator's positional arguments
 
 
 class NeedsData(Exception):
@@ -32,7 +33,8 @@ class Dataless:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device  # of the real example
-        self._known: Any = WeakIdKeyDictionary()
+        self._stand_ins: dict[int, tuple[Tensor, Tensor]] = {}  # by id(): a tensor with data, kept alive, and its own
+        self._results: dict[Any, tuple[Shape, Shape, torch.dtype]] = {}  # by what `_signature` says
 
     def example(self, tree: Any) -> Any:
         return self._hollow(tree, META)
@@ -46,15 +48,33 @@ class Dataless:
         if not from_input:
             args, kwargs = self._hollow((args, kwargs), self.device, tensors=False)
             return func(*args, **kwargs)
-        if func._schema.is_mutable and _writes_to_data(func, args, kwargs):
+        mutable, pure, shape_of = _facts(func)
+        if mutable and _writes_to_data(func, args, kwargs):
             raise NeedsData(f"{func} writes into a tensor that has data")
+        if shape_of is not None and not kwargs:
+            shape, first = shape_of(args), args[0]
+            if shape is not None and not mutable:
+                dtype = first.dtype if isinstance(first, Tensor) else first[0].dtype
+                return torch.empty(shape, dtype=dtype, device=META)
+            if shape is not None and shape == first.shape:
+                return first
+        return self._remembered(func, args, kwargs) if pure else self._run(func, args, kwargs)
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = self._hollow((args, kwargs), META)
-        shape = _known_shape(func, args)
-        if shape is None or not args[0].is_floating_point():
-            return func(*args, **kwargs)
-        if func._schema.is_mutable:
-            return args[0]
-        return torch.empty_like(args[0]) if shape == args[0].shape else args[0].new_empty(shape)
+        return func(*args, **kwargs)
+
+    def _remembered(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Another tensor like the one that the operator made of the like before."""
+        key = (func, _signature(args), _signature(kwargs))
+        known = self._results.get(key)
+        if known is None:
+            result = self._run(func, args, kwargs)
+            if isinstance(result, Tensor):
+                self._results[key] = (result.shape, result.stride(), result.dtype)
+            return result
+        shape, stride, dtype = known
+        return torch.empty_strided(shape, stride, dtype=dtype, device=META)
 
     def _hollow(self, tree: Any, device: torch.device, tensors: bool = True) -> Any:
         """The tree with its devices changed, and its tensors without data."""
@@ -69,7 +89,7 @@ class Dataless:
         if isinstance(tree, PLAIN):
             return tree
         if type(tree) in (tuple, list):
-            return type(tree)(self._hollow(item, device, tensors) for item in tree)
+            return type(tree)([self._hollow(item, device, tensors) for item in tree])
         if type(tree) is dict:
             return {key: self._hollow(item, device, tensors) for key, item in tree.items()}
         return tree_map(change, tree)
@@ -77,28 +97,133 @@ class Dataless:
     def _without_data(self, tensor: Tensor) -> Tensor:
         if tensor.device == META:
             return tensor
-        hollow: Tensor | None = self._known.get(tensor)
-        if hollow is None:
+        known = self._stand_ins.get(id(tensor))
+        if known is None:
             hollow = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META)
-            self._known[tensor] = hollow
-        return hollow
+            known = self._stand_ins[id(tensor)] = (tensor, hollow)
+        return known[1]
 
 
-def _known_shape(func: Any, args: tuple[Any, ...]) -> tuple[int, ...] | None:
-    """The shape of a result that has the type of the first operand, for the most frequent operators."""
-    name = func._schema.name.removeprefix("aten::")
-    name = name.removesuffix("_") if func._schema.is_mutable else name
-    if name in SHAPE_STAYS:
-        return tuple(args[0].shape)
-    if name in BROADCAST and all(isinstance(a, Tensor) and a.dtype == args[0].dtype for a in args):
-        return tuple(torch.broadcast_shapes(*(a.shape for a in args)))
-    if name == "linear":
-        return (*args[0].shape[:-1], args[1].shape[0])
-    return None
+@functools.cache
+def _facts(func: OpOverload[..., Any]) -> tuple[bool, bool, ShapeOf | None]:
+    """(writes into an operand, makes a new tensor of nothing but its operands' shapes and numbers, its shape)."""
+    schema = func._schema
+    aliases = any(a.alias_info is not None for a in (*schema.arguments, *schema.returns))
+    name = schema.name.removeprefix("aten::")
+    name = name.removesuffix("_") if schema.is_mutable else name
+    return schema.is_mutable, not aliases, SHAPES.get(name)
+
+
+def _signature(tree: Any) -> Any:
+    """What the shape of a result depends on: equal for calls with results alike."""
+    if isinstance(tree, Tensor):
+        return (tree.shape, tree.stride(), tree.dtype)
+    if isinstance(tree, (tuple, list)):
+        return tuple([_signature(item) for item in tree])
+    if isinstance(tree, dict):
+        return tuple([(key, _signature(item)) for key, item in tree.items()])
+    return (type(tree), tree)
 
 
 def _writes_to_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     specs = func._schema.arguments
     written = [a for a, spec in zip(args, specs, strict=False) if spec.alias_info and spec.alias_info.is_write]
     written += [kwargs[s.name] for s in specs if s.name in kwargs and s.alias_info and s.alias_info.is_write]
-    return any(isinstance(t, Tensor) and t.device != META for t in written)
+    return any(isinstance(t, Tensor) and t.device != META for t in tree_leaves(written))
+
+
+# ---- shapes; None: let PyTorch find it, or say what is wrong -----------------------------------------------------
+
+
+def _stays(args: tuple[Any, ...]) -> Shape | None:
+    """Element by element, floating-point numbers in order."""
+    x: Tensor = args[0]
+    return x.shape if x.is_floating_point() and x.is_contiguous() else None
+
+
+def _broadcast(args: tuple[Any, ...]) -> Shape | None:
+    x, y = args[0], args[1]
+    if not isinstance(x, Tensor) or not x.is_floating_point() or not x.is_contiguous():
+        return None
+    if not isinstance(y, Tensor):
+        return x.shape if isinstance(y, (int, float)) else None
+    if x.dtype != y.dtype or not y.is_contiguous():
+        return None
+    return x.shape if x.shape == y.shape else torch.broadcast_shapes(x.shape, y.shape)
+
+
+def _per_channel(args: tuple[Any, ...]) -> Shape | None:
+    """batch_norm: one number a channel of each of its tensors."""
+    x: Tensor = args[0]
+    fits = x.dim() > 1 and all(t is None or t.shape == x.shape[1:2] for t in args[1:5])
+    return _stays(args) if fits else None
+
+
+def _over_last(args: tuple[Any, ...]) -> Shape | None:
+    """layer_norm: scales of the normalised shape."""
+    x, normalised = args[0], tuple(args[1])
+    fits = x.shape[-len(normalised) :] == normalised and all(
+        not isinstance(t, Tensor) or t.shape == normalised for t in args[2:4]
+    )
+    return _stays(args) if fits else None
+
+
+def _linear(args: tuple[Any, ...]) -> Shape | None:
+    x, weight = args[0], args[1]
+    fits = weight.dim() == 2 and x.shape[-1:] == weight.shape[1:] and x.dtype == weight.dtype
+    fits = fits and (len(args) < 3 or args[2] is None or args[2].shape == weight.shape[:1])
+    return (*x.shape[:-1], weight.shape[0]) if fits and _stays(args) else None
+
+
+def _conv(args: tuple[Any, ...]) -> Shape | None:
+    """(input, weight, bias, stride, padding, dilation, groups), defaults left out from the end."""
+    x, weight, bias, stride, padding, dilation, groups = args + CONV_DEFAULTS[len(args) :]
+    kernel = weight.shape[2:]
+    fits = x.dim() == weight.dim() and x.dtype == weight.dtype and weight.is_contiguous()
+    fits = fits and x.shape[1] == weight.shape[1] * groups and weight.shape[0] % groups == 0
+    fits = (
+        fits
+        and not isinstance(padding, str)
+        and (bias is None or bias.shape == weight.shape[:1])
+        and _stays(args) is not None
+    )
+    if not fits:
+        return None
+    count = len(kernel)
+    steps = zip(x.shape[2:], kernel, _each(stride, count), _each(padding, count), _each(dilation, count), strict=True)
+    out = [(size + 2 * pad - wide * (k - 1) - 1) // step + 1 for size, k, step, pad, wide in steps]
+    return (x.shape[0], weight.shape[0], *out) if min(out, default=0) > 0 else None
+
+
+CONV_DEFAULTS: tuple[Any, ...] = (None, None, None, (1,), (0,), (1,), 1)
+
+
+def _each(numbers: Sequence[int], count: int) -> Sequence[int]:
+    return numbers if len(numbers) == count else tuple(numbers) * count
+
+
+def _joined(args: tuple[Any, ...]) -> Shape | None:
+    """cat: the sizes along the axis add up."""
+    parts = args[0]
+    x = parts[0]
+    axis = args[1] % x.dim() if len(args) > 1 and x.dim() else 0
+    across = (*x.shape[:axis], *x.shape[axis + 1 :])
+    for part in parts:
+        alike = part.dtype == x.dtype and part.dim() == x.dim() > 1 and part.is_contiguous()
+        if not alike or (*part.shape[:axis], *part.shape[axis + 1 :]) != across:
+            return None
+    return (*x.shape[:axis], sum([part.shape[axis] for part in parts]), *x.shape[axis + 1 :])
+
+
+SHAPES: dict[str, ShapeOf] = {
+    **dict.fromkeys(
+        ("dropout", "feature_dropout", "alpha_dropout", "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid",
+         "silu", "gelu", "sigmoid", "tanh", "elu", "selu", "celu", "leaky_relu", "mish", "softplus", "exp", "sqrt",
+         "rsqrt", "neg"), _stays),
+    **dict.fromkeys(("add", "sub", "mul", "div"), _broadcast),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _conv),
+    "batch_norm": _per_channel,
+    "layer_norm": _over_last,
+    "linear": _linear,
+    "cat": _joined,
+}  # fmt: skip

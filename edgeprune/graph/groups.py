@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from scipy.sparse import csr_matrix
 
 from ..records import ChannelGroup, FrozenChannels, Member
-from .labels import Ids, Ledger
+from .labels import Ids, Ledger, marks
 from .run import StateAxis
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -26,7 +26,7 @@ class Slices:
         axis = np.repeat(np.arange(len(axes)), [a.size for a in axes])
         position = np.concatenate([np.arange(a.size) for a in axes])
         ids = np.concatenate([np.arange(a.first, a.first + a.size) for a in axes])
-        order = np.lexsort((position, axis, classes[ids]))
+        order = by_number(classes[ids])  # stable: axes and positions follow each other already
         self.axis, self.position, self.ids = axis[order], position[order], ids[order]
         self.cls = classes[self.ids]
         self.first = np.flatnonzero(np.diff(self.cls, prepend=-1))  # where each class begins
@@ -44,6 +44,14 @@ class Slices:
         return sums
 
 
+def by_number(numbers: Ids) -> Ids:
+    """The order that sorts small numbers, equal ones as they came: a counting sort."""
+    shape = (int(numbers.max(initial=-1)) + 1, len(numbers))
+    sorting = csr_matrix((np.ones(len(numbers), dtype=np.int8), (numbers, np.arange(len(numbers)))), shape=shape)
+    order: Ids = sorting.indices.astype(np.int64)
+    return order
+
+
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """splitmix64's finaliser: sums of its values do not collide in practice."""
     x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
@@ -53,7 +61,7 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def build(
-    ledger: Ledger, classes: Ids, axes: Sequence[StateAxis], roles: NDArray[np.str_]
+    ledger: Ledger, classes: Ids, axes: Sequence[StateAxis], roles: Sequence[tuple[Ids, str]]
 ) -> tuple[list[ChannelGroup], list[Ids], list[FrozenChannels]]:
     """Partition the ids of parameter slices into channel groups and frozen channels.
 
@@ -61,48 +69,52 @@ def build(
         ledger: the demands, for the reasons.
         classes: class of each id, (ids,).
         axes: which ids are slices of which parameter axis.
-        roles: "out", "in", "scale" or "" of each id, (ids,).
+        roles: ids, and whether a layer makes ("out"), reads ("in") or scales ("scale") them.
     Returns:
         The groups, the class of each of their units (width,), and the frozen channels.
     """
     slices = Slices(axes, classes)
-    stay = _marked(ledger.stay, classes)
-    inexact = _marked(ledger.inexact, classes)
+    count = int(classes.max(initial=-1)) + 1
+    ids, number = marks([(a, b) for a, b, _ in ledger.stay])
+    stay = _first(classes[ids], number, count)
+    ids, number = marks([(a, None) for a, _ in ledger.inexact])
+    inexact = _first(classes[ids], number, count)
+    ids, number = marks([(a, None) for a, _ in roles])
+    role_of = _first(ids, number, len(classes))
     names = slices.cls[slices.first]
     free = np.flatnonzero(stay[names] < 0)
     _, bucket = np.unique(slices.signatures()[free], return_inverse=True)
     groups: list[ChannelGroup] = []
     units: list[Ids] = []
-    reasons = [reason for _, reason in ledger.stay] + [ONE_UNIT]
+    reasons = [reason for _, _, reason in ledger.stay] + [ONE_UNIT]
     by_bucket = np.split(free[np.argsort(bucket, kind="stable")], np.cumsum(np.bincount(bucket))[:-1])
     for members in sorted((b for b in by_bucket if len(b)), key=lambda b: int(slices.ids[slices.first[b]].min())):
         members = members[np.argsort(slices.position[slices.first[members]], kind="stable")]
         if len(members) < 2:
             stay[names[members]] = len(reasons) - 1
             continue
-        marks = inexact[names[members]]
-        why = ledger.inexact[int(marks.max())][1] if marks.max() >= 0 else ""
-        groups.append(_group(slices, members, roles, why))
+        mark = int(inexact[names[members]].max())
+        why = ledger.inexact[mark][1] if mark >= 0 else ""
+        groups.append(_group(slices, members, lambda i: roles[role_of[i]][1] if role_of[i] >= 0 else "scale", why))
         units.append(names[members])
     return _named(groups), units, _frozen(stay, slices, reasons)
 
 
-def _marked(marks: Sequence[tuple[Tensor, str]], classes: Ids) -> Ids:
-    """For each class the number of the first mark on it, or -1."""
-    found = np.full(int(classes.max(initial=-1)) + 1, -1, dtype=np.int64)
-    for number in range(len(marks) - 1, -1, -1):
-        found[classes[marks[number][0].numpy()]] = number
+def _first(at: Ids, numbers: Ids, count: int) -> Ids:
+    """For each of `count` places the first (lowest) number that is put there, or -1. `numbers` ascend."""
+    found = np.full(count, -1)
+    found[at[::-1]] = numbers[::-1]
     return found
 
 
-def _group(slices: Slices, members: Ids, roles: NDArray[np.str_], inexact: str) -> ChannelGroup:
+def _group(slices: Slices, members: Ids, role_of: Callable[[int], str], inexact: str) -> ChannelGroup:
     width, per_unit = len(members), int(slices.size[members[0]])
     at = slices.first[members][:, None] + np.arange(per_unit)  # (width, slices a unit)
     made = []
     for number in np.unique(slices.axis[at[0]]):
         axis = slices.axes[number]
         columns = at[:, slices.axis[at[0]] == number]
-        role = str(roles[slices.ids[columns[0, 0]]]) or "scale"
+        role = role_of(slices.ids[columns[0, 0]])
         made.append(Member(axis.name, axis.axis, role, slices.position[columns]))
     makers = [m for m in made if m.role == "out"] or made
     widest = max(m.positions.shape[1] for m in makers)
@@ -124,12 +136,15 @@ def _named(groups: list[ChannelGroup]) -> list[ChannelGroup]:
 
 def _frozen(stay: Ids, slices: Slices, reasons: list[str]) -> list[FrozenChannels]:
     """Frozen channels by reason, most channels first."""
-    reason = stay[slices.cls]
+    number, axis = stay[slices.cls], slices.axis
+    number, axis = number[number >= 0], axis[number >= 0]
+    numbers, which = np.unique(number, return_inverse=True)
     found: dict[str, tuple[int, set[str]]] = {}
-    for number, axis in np.unique(np.stack([reason, slices.axis])[:, reason >= 0], axis=1).T.tolist():
-        count, tensors = found.get(reasons[number], (0, set()))
-        here = int(np.count_nonzero((reason == number) & (slices.axis == axis)))
-        found[reasons[number]] = (count + here, tensors | {slices.axes[axis].name})
+    pairs, counts = np.unique(which * len(slices.axes) + axis, return_counts=True)
+    for pair, here in zip(pairs.tolist(), counts.tolist(), strict=True):
+        why = reasons[numbers[pair // len(slices.axes)]]
+        count, tensors = found.get(why, (0, set()))
+        found[why] = (count + here, tensors | {slices.axes[pair % len(slices.axes)].name})
     frozen = [FrozenChannels(tuple(sorted(t)), n, why) for why, (n, t) in found.items()]
     return sorted(frozen, key=lambda f: -f.channels)
 

@@ -12,13 +12,14 @@ not exact, and grids that must stay rectangular.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import coo_matrix
+from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
@@ -36,18 +37,18 @@ def any_zero(flags: tuple[bool, ...]) -> bool:
 class Label:
     """Ids for the positions of one tensor."""
 
-    ids: Tensor  # int64, ndim of the tensor, size 1 along axes whose positions are alike
+    ids: Ids  # ndim of the tensor, size 1 along axes whose positions are alike
     vanishes: bool  # with a channel's parameters at zero, its positions are exactly zero
     copies: bool = False  # `expand` made the positions: there may be as few as the partner needs
 
-    def on(self, ids: Tensor) -> Label:
+    def on(self, ids: Ids) -> Label:
         """The same label after its positions moved."""
-        return replace(self, ids=ids)
+        return Label(ids, self.vanishes, self.copies)
 
-    @property
+    @cached_property
     def axes(self) -> tuple[int, ...]:
         """The axes along which ids differ."""
-        return tuple(d for d, n in enumerate(self.ids.shape) if n > 1)
+        return tuple([d for d, n in enumerate(self.ids.shape) if n > 1])
 
 
 Labels = tuple[Label, ...]
@@ -59,17 +60,33 @@ def along(labels: Labels, axis: int) -> Label | None:
     return next((label for label in labels if axis in label.axes), None)
 
 
-def compress(full: Tensor) -> Tensor:
+def compress(full: Ids) -> Ids:
     """Narrow axes whose positions are alike to size 1: first those with stride 0, then by comparing."""
-    for axis in range(full.dim()):
-        if full.shape[axis] > 1 and full.stride(axis) == 0:
-            full = full.narrow(axis, 0, 1)
-    for axis in range(full.dim()):
-        if full.shape[axis] > 1:
-            first = full.narrow(axis, 0, 1)
-            if bool((first == full.narrow(axis, 1, 1)).all()) and bool((first == full).all()):
+    for axis, size in enumerate(full.shape):
+        if size > 1 and full.strides[axis] == 0:
+            full = first_along(full, axis)
+    for axis, size in enumerate(full.shape):
+        if size > 1:
+            first = first_along(full, axis)
+            second = full[(slice(None),) * axis + (slice(1, 2),)]
+            if (first == second).all() and (first == full).all():
                 full = first
     return full
+
+
+def first_along(ids: Ids, axis: int) -> Ids:
+    """The first position along an axis, which stays with size 1."""
+    return ids[(slice(None),) * axis + (slice(0, 1),)]
+
+
+def as_tensor(ids: Ids) -> Tensor:
+    """The same memory, where it may be written."""
+    return torch.from_numpy(ids if ids.flags.writeable else ids.copy())
+
+
+def on_axis(ids: Ids, axis: int, ndim: int) -> Ids:
+    """`ids`, shape (n,), along one of `ndim` axes; the others have size 1."""
+    return ids.reshape((1,) * axis + (-1,) + (1,) * (ndim - 1 - axis))
 
 
 @dataclass
@@ -77,41 +94,38 @@ class Ledger:
     """Everything the operators demanded of the ids."""
 
     count: int = 0  # ids handed out
-    same: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    stay: list[tuple[Tensor, str]] = field(default_factory=list)
-    inexact: list[tuple[Tensor, str]] = field(default_factory=list)
-    grids: list[Tensor] = field(default_factory=list)
-    beside: list[tuple[Label, Tensor]] = field(default_factory=list)  # narrow labels, and wide ids they stand beside
-    heads: list[tuple[Label, Tensor]] = field(default_factory=list)  # of those: scores of heads beside their values
+    same: list[tuple[Ids, Ids]] = field(default_factory=list)  # arrays of one shape, position by position
+    stay: list[tuple[Ids, Ids | None, str]] = field(default_factory=list)  # ids; or those whose partner is FIXED
+    inexact: list[tuple[Ids, str]] = field(default_factory=list)
+    grids: list[Ids] = field(default_factory=list)
+    beside: list[tuple[Label, Ids]] = field(default_factory=list)  # narrow labels, and wide ids they stand beside
+    heads: list[tuple[Label, Ids]] = field(default_factory=list)  # of those: scores of heads beside their values
+    _classes: Ids = field(default_factory=lambda: np.arange(0))
+    _united: int = 0  # entries of `same` that are in `_classes`
 
-    def fresh(self, size: int) -> Tensor:
+    def fresh(self, size: int) -> Ids:
         """`size` new ids, shape (size,)."""
         self.count += size
-        return torch.arange(self.count - size, self.count)
+        return np.arange(self.count - size, self.count)
 
-    def unite(self, a: Tensor, b: Tensor, reason: str) -> None:
+    def unite(self, a: Ids, b: Ids, reason: str) -> None:
         """Positions of `a` and `b` (broadcast together) are the same channel; a FIXED partner freezes the other."""
-        a, b = torch.broadcast_tensors(a, b)
-        a, b = a.reshape(-1), b.reshape(-1)
-        both = (a >= 0) & (b >= 0)
-        if bool(both.any()):
-            self.same.append((a[both], b[both]))
-        one = (a >= 0) ^ (b >= 0)
-        if bool(one.any()):
-            self.freeze(torch.maximum(a, b)[one], reason)
+        if a is b:
+            return
+        if a.shape != b.shape:
+            a, b = np.broadcast_arrays(a, b)
+        self.same.append((a, b))
+        self.stay.append((a, b, reason))
 
-    def freeze(self, ids: Tensor, reason: str) -> None:
-        ids = ids.reshape(-1)
-        ids = ids[ids >= 0]
-        if ids.numel():
-            self.stay.append((ids, reason))
+    def freeze(self, ids: Ids, reason: str) -> None:
+        self.stay.append((ids, None, reason))
 
     def freeze_all(self, labels: Labels, reason: str) -> None:
         for label in labels:
             self.freeze(label.ids, reason)
 
-    def mark_inexact(self, ids: Tensor, reason: str) -> None:
-        self.inexact.append((ids.reshape(-1), reason))
+    def mark_inexact(self, ids: Ids, reason: str) -> None:
+        self.inexact.append((ids, reason))
 
     def uniform(self, label: Label, axes: Sequence[int], reason: str) -> Label | None:
         """`label` made alike along `axes`: ids that differ only there become one channel.
@@ -126,7 +140,7 @@ class Ledger:
             return None
         first = label.ids
         for axis in varying:
-            first = first.narrow(axis, 0, 1)
+            first = first_along(first, axis)
         self.unite(label.ids, first, reason)
         return label.on(first)
 
@@ -144,14 +158,19 @@ class Ledger:
             vanishes: given which operands are zero at a removed channel, is the result zero?
             reason: for channels that meet positions which always stay.
         """
-        ndim = max((len(shape) for _, shape in operands), default=0)
-        aligned = [(_align(labels, ndim), _pad_shape(shape, ndim)) for labels, shape in operands]
-        aligned, result = self._settle_copies(aligned)
+        ndim = max([len(shape) for _, shape in operands], default=0)
+        aligned = [
+            (labels, shape) if len(shape) == ndim else (_align(labels, ndim), _pad_shape(shape, ndim))
+            for labels, shape in operands
+        ]
+        result: list[Label] = []
+        if any(label.copies for labels, _ in aligned for label in labels):
+            aligned, result = self._settle_copies(aligned)
         for cluster in _clusters([labels for labels, _ in aligned]):
             merged = self._merge_cluster(cluster, aligned, reason)
             if merged is not None:
                 zero = {owner: label.vanishes for owner, label in cluster}
-                flags = tuple(zero.get(owner, False) for owner in range(len(aligned)))
+                flags = tuple([zero.get(owner, False) for owner in range(len(aligned))])
                 result.append(Label(merged, vanishes(flags)))
         return tuple(result)
 
@@ -168,26 +187,27 @@ class Ledger:
                     passing.append(copy)
         return [(tuple(x for x in labels if not x.copies), shape) for labels, shape in operands], passing
 
-    def _merge_cluster(self, cluster: list[tuple[int, Label]], operands: list[Operand], reason: str) -> Tensor | None:
+    def _merge_cluster(self, cluster: list[tuple[int, Label]], operands: list[Operand], reason: str) -> Ids | None:
         owners = [owner for owner, _ in cluster]
-        axes = sorted({axis for _, label in cluster for axis in label.axes})
         if len(set(owners)) < len(owners):
             for _, label in cluster:
                 self.freeze(label.ids, reason)
             return None
+        axes = sorted({axis for _, label in cluster for axis in label.axes})
         wide = [label for owner, label in cluster if not _narrow(label, axes, operands[owner][1])]
         narrow = [label for owner, label in cluster if wide and _narrow(label, axes, operands[owner][1])]
         first, *others = wide or [label for _, label in cluster]
         merged = first.ids
         for label in others:
-            self.unite(merged, label.ids, reason)
-            merged, other = torch.broadcast_tensors(merged, label.ids)
-            merged = torch.maximum(merged, other)
+            if label.ids is not merged:
+                self.unite(merged, label.ids, reason)
+                merged = np.maximum(merged, label.ids)
         self.beside += [(label, merged) for label in narrow]
-        fixed = {
-            axis for owner, (_, shape) in enumerate(operands) if owner not in owners for axis in axes if shape[axis] > 1
-        }
-        left = self.uniform(Label(merged, False), sorted(fixed), reason)
+        apart = [shape for owner, (_, shape) in enumerate(operands) if owner not in owners]
+        fixed = [axis for axis in axes if any(shape[axis] > 1 for shape in apart)]
+        if not fixed:
+            return merged
+        left = self.uniform(Label(merged, False), fixed, reason)
         return merged if left is None else left.ids
 
     # -- running structure as it is --------------------------------------------------------------------------
@@ -199,30 +219,38 @@ class Ledger:
         """
         outputs: list[list[Label]] = []
         for label in labels:
-            results = run(label.ids.expand(shape))
-            results = [results] if isinstance(results, Tensor) else list(results)
+            results = run(as_tensor(label.ids).expand(shape))
+            results = [results] if isinstance(results, Tensor) else results
             outputs = outputs or [[] for _ in results]
             for out, labels_out in zip(results, outputs, strict=True):
-                after = label.on(compress(out))
-                if not after.axes:
-                    self.freeze(after.ids, reason)
-                    continue
-                labels_out.append(after)
-                if len(after.axes) > len(label.axes):
-                    self.grids.append(after.ids)
+                labels_out += self.moved(label, out.numpy(), reason)
         return [tuple(o) for o in outputs]
+
+    def moved(self, label: Label, ids: Ids, reason: str) -> Labels:
+        """A label whose positions moved to where `ids` are; frozen where one single id is left."""
+        after = label.on(compress(ids))
+        if not after.axes:
+            self.freeze(after.ids, reason)
+            return ()
+        if len(after.axes) > len(label.axes):
+            self.grids.append(after.ids)
+        return (after,)
 
     # -- classes ---------------------------------------------------------------------------------------------
 
     def classes(self) -> Ids:
-        """The class of each id, shape (count,): ids of one class go together."""
-        if not self.same:
-            return np.arange(self.count, dtype=np.int64)
-        a = torch.cat([x for x, _ in self.same]).numpy()
-        b = torch.cat([y for _, y in self.same]).numpy()
-        links = coo_matrix((np.ones(len(a), dtype=np.int8), (a, b)), shape=(self.count, self.count))
-        found: Ids = connected_components(links, directed=False)[1].astype(np.int64)
-        return found
+        """The class of each id, shape (count,): ids of one class go together. Numbered in the order of their ids."""
+        if len(self._classes) < self.count:
+            new = np.arange(self.count - len(self._classes)) + int(self._classes.max(initial=-1)) + 1
+            self._classes = np.concatenate([self._classes, new])
+        links = self.same[self._united :]
+        if links:
+            a = np.concatenate([x.reshape(-1) for x, _ in links])
+            b = np.concatenate([y.reshape(-1) for _, y in links])
+            both = (a >= 0) & (b >= 0)
+            self._classes = _joined(self._classes, a[both], b[both])
+            self._united = len(self.same)
+        return self._classes
 
     def settle_grids(self) -> Ids:
         """Unite until every grid is rectangular; returns the classes.
@@ -258,10 +286,29 @@ class Ledger:
         return self.classes() if self.beside else classes
 
 
-def _varying(ids: Tensor, classes: Ids) -> list[int]:
+def marks(parts: Sequence[tuple[Ids, Ids | None]]) -> tuple[Ids, Ids]:
+    """All ids of `parts`, or those whose partner is FIXED, shape (n,), and the number of the part each is in, (n,)."""
+    if not parts:
+        return np.arange(0), np.arange(0)
+    a = np.concatenate([ids.reshape(-1) for ids, _ in parts])
+    b = np.concatenate([np.full(ids.size, FIXED) if other is None else other.reshape(-1) for ids, other in parts])
+    number = np.repeat(np.arange(len(parts)), [ids.size for ids, _ in parts])
+    one = (a >= 0) ^ (b >= 0)
+    return np.maximum(a, b)[one], number[one]
+
+
+def _joined(classes: Ids, a: Ids, b: Ids) -> Ids:
+    """Coarser classes: those of a[i] and b[i] are one."""
+    count = int(classes.max(initial=-1)) + 1
+    links = csr_matrix((np.ones(len(a), dtype=np.int8), (classes[a], classes[b])), shape=(count, count))
+    found: Ids = connected_components(links, directed=False)[1].astype(np.int64)[classes]
+    return found
+
+
+def _varying(ids: Ids, classes: Ids) -> list[int]:
     """The axes along which the classes of ids differ."""
-    table = np.where(ids.numpy() >= 0, classes[ids.numpy()], FIXED)
-    return [d for d in range(table.ndim) if (table != table.take([0], axis=d)).any()]
+    table = np.where(ids >= 0, classes[ids], FIXED)
+    return [d for d in range(table.ndim) if (table != first_along(table, d)).any()]
 
 
 def _narrow(label: Label, axes: Sequence[int], shape: Shape) -> bool:
@@ -275,13 +322,11 @@ def _pad_shape(shape: Shape, ndim: int) -> Shape:
 
 
 def _align(labels: Labels, ndim: int) -> Labels:
-    return tuple(
-        label.on(label.ids.reshape((1,) * (ndim - label.ids.dim()) + tuple(label.ids.shape))) for label in labels
-    )
+    return tuple([label.on(label.ids.reshape(_pad_shape(label.ids.shape, ndim))) for label in labels])
 
 
 def _clusters(operands: Sequence[Labels]) -> list[list[tuple[int, Label]]]:
-    """Layers of all operands, grouped by overlapping axes, each with the number of its operand."""
+    """Labels of all operands, grouped by overlapping axes, each with the number of its operand."""
     clusters: list[tuple[set[int], list[tuple[int, Label]]]] = []
     for owner, labels in enumerate(operands):
         for label in labels:

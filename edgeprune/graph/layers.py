@@ -6,15 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..records import Layer, LayerShape, Width
-from .labels import along
-from .record import Op, Ref
+from .labels import Ids, along
+from .recording import Op, Ref
 from .rules import name_of
 from .run import Run, arguments, ids_along
 
-WidthOf = Callable[[NDArray[np.int64]], Width]  # ids along an axis -> how many stay under a plan
+WidthOf = Callable[[Ids], Width]  # ids along an axis -> how many stay under a plan
 
 ACTIVATIONS = {
     "relu": "relu", "hardtanh": "relu6", "relu6": "relu6", "silu": "silu", "hardswish": "hardswish",
@@ -81,11 +80,11 @@ def _follow(run: Run, at: int, consumers: dict[int, list[int]], fused: set[int])
     return tuple(chain)
 
 
-def _ids(run: Run, ref: Ref, axis: int) -> NDArray[np.int64]:
+def _ids(run: Run, ref: Ref, axis: int) -> Ids:
     label = along(run.of(ref), axis)
     if label is not None and len(label.axes) > 1:
         label = None
-    return ids_along(label, axis, run.shape(ref)[axis]).numpy()
+    return ids_along(label, axis, run.shape(ref)[axis])
 
 
 def _conv(run: Run, op: Op, width_of: WidthOf, chain: tuple[str, ...]) -> Layer:
@@ -97,7 +96,7 @@ def _conv(run: Run, op: Op, width_of: WidthOf, chain: tuple[str, ...]) -> Layer:
     groups = int(a["groups"])
     out_labels = along(run.labels.get(op.outputs[0], ()), axis)
     in_width = width_of(_ids(run, a["input"], axis))
-    out_width = width_of(ids_along(out_labels, axis, out[axis]).numpy())
+    out_width = width_of(ids_along(out_labels, axis, out[axis]))
     transposed = "transpose" in op.func._schema.name or bool(a.get("transposed"))
     shape = LayerShape(
         op="conv_transpose" if transposed else "conv",
@@ -131,7 +130,7 @@ def _linear(run: Run, op: Op, width_of: WidthOf, chain: tuple[str, ...]) -> Laye
         dilation=(), conv_groups=1, fused=chain,
     )  # fmt: skip
     in_width = width_of(_ids(run, a["input"], axis))
-    out_width = width_of(ids_along(out_label, axis, w[0]).numpy())
+    out_width = width_of(ids_along(out_label, axis, w[0]))
     return Layer(_owner(run, op, a["weight"]), shape, in_width, out_width, Width(1, ()), tokens * w[0] * w[1])
 
 
@@ -169,7 +168,7 @@ def _concat(run: Run, op: Op, width_of: WidthOf, parts: int) -> Layer | None:
     out = run.recording.values[op.outputs[0]].shape
     if len(out) != 4 or int(arguments(op).get("dim", 0)) not in (1, -3):
         return None
-    width = width_of(ids_along(along(run.labels.get(op.outputs[0], ()), 1), 1, out[1]).numpy())
+    width = width_of(ids_along(along(run.labels.get(op.outputs[0], ()), 1), 1, out[1]))
     shape = LayerShape(
         op="concat", in_ch=out[1], out_ch=out[1], batch=out[0], spatial=tuple(out[2:]), kernel=(), stride=(),
         padding=(), dilation=(), conv_groups=parts, fused=(),

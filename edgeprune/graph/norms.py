@@ -8,7 +8,7 @@ is exact.
 from __future__ import annotations
 
 from .labels import FIXED, Label, Labels, along
-from .record import Op, Ref
+from .recording import Op, Ref
 from .run import Run, arguments, as_axis, channel_ids, dims_of, ids_along
 
 EXACT_SUMS = ("sum", "linalg_vector_norm", "norm")
@@ -147,10 +147,7 @@ def _reduced_away(run: Run, name: str, label: Label) -> None:
 
 
 def _drop(label: Label, dims: list[int]) -> Label:
-    ids = label.ids
-    for axis in sorted(dims, reverse=True):
-        ids = ids.squeeze(axis)
-    return label.on(ids)
+    return label.on(label.ids.squeeze(tuple(dims)))
 
 
 def softmax(run: Run, op: Op) -> list[Labels]:

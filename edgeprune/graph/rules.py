@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from . import contractions, norms, structure
 from .labels import Label, Labels
-from .record import Op, Ref
+from .recording import Op, Ref
 from .run import Run
 
 Rule = Callable[[Run, Op], list[Labels]]
@@ -32,11 +32,19 @@ def zero_where(run: Run, op: Op, zero: tuple[bool, ...]) -> bool:
     """Is the result zero when the operands flagged in `zero` are? Found by trying, once for each kind of operator."""
     if not any(zero):
         return False
-    given = tree_map(lambda leaf: run.value(leaf).dtype if isinstance(leaf, Ref) else leaf, (op.args, op.kwargs))
-    key = (op.func, zero, repr(given))
+    key = (op.func, zero, _kinds(run, op.args), _kinds(run, op.kwargs))
     if key not in run.zeros:
         run.zeros[key] = _is_zero_where(run, op, zero)
     return run.zeros[key]
+
+
+def _kinds(run: Run, tree: Any) -> Any:
+    """The arguments with each tensor's type in its place, as something that can be looked up."""
+    if isinstance(tree, Ref):
+        return run.value(tree).dtype
+    if isinstance(tree, (tuple, list)):
+        return tuple([_kinds(run, item) for item in tree])
+    return repr(tree) if not isinstance(tree, dict) else tuple([(k, _kinds(run, v)) for k, v in tree.items()])
 
 
 def _is_zero_where(run: Run, op: Op, zero: tuple[bool, ...]) -> bool:
@@ -76,6 +84,7 @@ def like(run: Run, op: Op) -> list[Labels]:
     return [tuple(Label(label.ids, zeros, label.copies) for label in run.of(op.refs[0]))]
 
 
+@functools.cache
 def name_of(func: OpOverload[..., Any]) -> str:
     """The operator's name without its overload; in-place variants share the rule of the plain one."""
     name = func._schema.name
@@ -104,8 +113,9 @@ RULES: dict[str, Rule] = {
     **_named("glu", norms.glu),
     **_named("_weight_norm_interface", norms.weight_norm),
     **_named("prelu", norms.prelu),
-    **_named("view _unsafe_view reshape flatten unflatten permute transpose t squeeze unsqueeze select slice "
-             "split split_with_sizes chunk narrow unbind movedim swapaxes diagonal", structure.as_is),
+    **_named("permute transpose t select slice split split_with_sizes chunk narrow unbind movedim swapaxes diagonal",
+             structure.as_is),
+    **_named("view _unsafe_view reshape flatten unflatten squeeze unsqueeze", structure.view),
     **_named("clone contiguous alias detach to _to_copy lift_fresh lift_fresh_copy dropout feature_dropout "
              "native_dropout alpha_dropout requires_grad", structure.same),
     **_named("expand repeat", structure.expand),
@@ -134,9 +144,9 @@ RULES: dict[str, Rule] = {
 
 # these label their first operand alone: channels of any other one (a sampling grid, an index) have to stay
 OF_ONE_OPERAND = (
-    structure.as_is, structure.same, structure.expand, structure.roll, structure.index, structure.index_select,
-    structure.pixel_shuffle, structure.windows, structure.unfold_patches, structure.spatial, structure.pad,
-    norms.reduce, norms.softmax, like, constant,
+    structure.as_is, structure.view, structure.same, structure.expand, structure.roll, structure.index,
+    structure.index_select, structure.pixel_shuffle, structure.windows, structure.unfold_patches, structure.spatial,
+    structure.pad, norms.reduce, norms.softmax, like, constant,
 )  # fmt: skip
 
 # not tagged as element-wise by PyTorch, though they are
@@ -217,5 +227,6 @@ def _fills_zeros(run: Run, op: Op, outputs: list[Labels]) -> bool:
 def _check(run: Run, number: int, labels: Labels, op: Op) -> None:
     shape = run.recording.values[number].shape
     for label in labels:
-        fits = label.ids.dim() == len(shape) and all(n in (1, s) for n, s in zip(label.ids.shape, shape, strict=True))
-        assert fits, f"{name_of(op.func)}: ids {tuple(label.ids.shape)} for a tensor of shape {shape}"
+        have = label.ids.shape
+        fits = len(have) == len(shape) and all(n in (1, s) for n, s in zip(have, shape, strict=True))
+        assert fits, f"{name_of(op.func)}: ids {have} for a tensor of shape {shape}"

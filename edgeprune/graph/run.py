@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from torch._ops import OpOverload
 
-from .labels import FIXED, Label, Labels, Ledger, Shape
-from .record import Op, Recording, Ref, Value
+from .labels import FIXED, Ids, Label, Labels, Ledger, Shape, on_axis
+from .recording import Op, Recording, Ref, Value
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Run:
     ledger: Ledger
     state_axes: list[StateAxis]  # shared between the recordings of one network
     state_labels: dict[str, Labels]  # likewise: a parameter has the same ids in each
-    roles: list[tuple[Tensor, str]] = field(default_factory=list)  # ids that a layer makes or reads
+    roles: list[tuple[Ids, str]] = field(default_factory=list)  # ids that a layer makes or reads
     labels: dict[int, Labels] = field(default_factory=dict)  # by value number
     zeros: dict[Any, bool] = field(default_factory=dict)  # operator, operands that are zero -> is its result?
     module: str = ""  # where the current operator runs
@@ -46,10 +47,12 @@ class Run:
         """The labels of an operand; parameters and floating-point buffers get theirs when first read."""
         if not isinstance(ref, Ref):
             return ()
-        value = self.value(ref)
-        if ref.value not in self.labels and value.source == "state" and value.dtype.is_floating_point:
-            self.labels[ref.value] = self._of_state(value)
-        return self.labels.get(ref.value, ())
+        known = self.labels.get(ref.value)
+        if known is None:
+            value = self.value(ref)
+            floats = value.source == "state" and value.dtype.is_floating_point
+            known = self.labels[ref.value] = self._of_state(value) if floats else ()
+        return known
 
     def _of_state(self, value: Value) -> Labels:
         if value.name not in self.state_labels:
@@ -58,41 +61,39 @@ class Run:
                 if size > 1:
                     ids = self.ledger.fresh(size)
                     self.state_axes.append(StateAxis(value.name, axis, int(ids[0]), size))
-                    shape = [1] * len(value.shape)
-                    shape[axis] = size
-                    made.append(Label(ids.reshape(shape), True))
+                    made.append(Label(on_axis(ids, axis, len(value.shape)), True))
             self.state_labels[value.name] = tuple(made)
         return self.state_labels[value.name]
 
     def why(self, text: str) -> str:
         return f"{text} (in {self.module})" if self.module else text
 
-    def play(self, ids: Tensor, role: str) -> None:
+    def play(self, ids: Ids, role: str) -> None:
         """Remember that a layer makes ("out") or reads ("in") these channels."""
-        self.roles.append((ids.reshape(-1), role))
+        self.roles.append((ids, role))
 
 
 def arguments(op: Op) -> dict[str, Any]:
     """The operator's arguments by the names of its schema, defaults filled in."""
-    bound: dict[str, Any] = {}
-    for position, spec in enumerate(op.func._schema.arguments):
-        if position < len(op.args):
-            bound[spec.name] = op.args[position]
-        elif spec.name in op.kwargs:
-            bound[spec.name] = op.kwargs[spec.name]
-        else:
-            bound[spec.name] = spec.default_value if spec.has_default_value() else None
-    return bound
+    names, defaults = signature(op.func)
+    return defaults | dict(zip(names, op.args, strict=False)) | op.kwargs
 
 
-def ids_along(label: Label | None, axis: int, size: int) -> Tensor:
+@functools.cache
+def signature(func: OpOverload[..., Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The names of an operator's arguments, in order, and the default of each (None where it has none)."""
+    specs = func._schema.arguments
+    return tuple(s.name for s in specs), {s.name: s.default_value if s.has_default_value() else None for s in specs}
+
+
+def ids_along(label: Label | None, axis: int, size: int) -> Ids:
     """The ids of a label that varies along `axis` alone, shape (size,); FIXED without one."""
     if label is None:
-        return torch.full((size,), FIXED)
-    return label.ids.movedim(axis, 0).reshape(-1)
+        return np.full(size, FIXED)
+    return label.ids.reshape(-1) if label.axes == (axis,) else np.moveaxis(label.ids, axis, 0).reshape(-1)
 
 
-def channel_ids(run: Run, labels: Labels, axis: int, size: int, reason: str) -> tuple[Tensor, Labels]:
+def channel_ids(run: Run, labels: Labels, axis: int, size: int, reason: str) -> tuple[Ids, Labels]:
     """Split labels into the ids along a channel axis, shape (size,), and the labels along other axes."""
     label, rest = single_along(run, labels, axis, reason)
     if label is not None and len(label.axes) > 1:
@@ -105,17 +106,15 @@ def single_along(run: Run, labels: Labels, axis: int, reason: str) -> tuple[Labe
     varying = [label for label in labels if axis in label.axes]
     for label in varying[1:]:
         run.ledger.freeze(label.ids, reason)
-    rest = tuple(label for label in labels if axis not in label.axes)
+    rest = tuple([label for label in labels if axis not in label.axes])
     return (varying[0] if varying else None), rest
 
 
-def as_axis(ids: Tensor, axis: int, ndim: int, vanishes: bool) -> Labels:
+def as_axis(ids: Ids, axis: int, ndim: int, vanishes: bool) -> Labels:
     """Labels that carry `ids` along one axis of a tensor with `ndim` axes; none where nothing can be cut."""
-    if ids.numel() < 2 or bool((ids < 0).all()):
+    if ids.size < 2 or (ids < 0).all():
         return ()
-    shape = [1] * ndim
-    shape[axis] = ids.numel()
-    return (Label(ids.reshape(shape), vanishes),)
+    return (Label(on_axis(ids, axis, ndim), vanishes),)
 
 
 def dims_of(dims: Any, ndim: int) -> list[int]:

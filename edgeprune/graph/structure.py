@@ -6,23 +6,23 @@ only for the few whose arguments count channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from .labels import FIXED, Label, Labels, Shape, compress
-from .record import Op, Ref
+from .labels import FIXED, Ids, Label, Labels, Shape, as_tensor, compress, on_axis
+from .recording import Op, Ref
 from .run import Run, arguments, dims_of
 
 PICKED = "positions picked by their number"
 
 
 def as_is(run: Run, op: Op) -> list[Labels]:
-    """Views, permutations, slices, splits: the operator itself, on ids."""
+    """Permutations, slices, splits: the operator itself, on ids."""
     x = op.args[0]
-    func = torch.ops.aten.reshape.default if _is_view(op) else op.func
     rest, kwargs = _plain(run, op.args[1:]), _plain(run, op.kwargs)
     reason = run.why(PICKED)
     labels = run.of(x)
@@ -30,18 +30,55 @@ def as_is(run: Run, op: Op) -> list[Labels]:
         labels = _whole_along(run, labels, _dim(op), reason)
     if op.func._schema.name == "aten::slice" and arguments(op)["step"] != 1:  # every other channel, by its number
         labels = run.ledger.uniform_all(labels, [_dim(op) % len(run.shape(x))], reason)
-    results = run.ledger.through(labels, run.shape(x), lambda full: func(full, *rest, **kwargs), reason)
+    results = run.ledger.through(labels, run.shape(x), lambda full: op.func(full, *rest, **kwargs), reason)
     return [_without_merged_copies(made) for made in results] or [() for _ in op.outputs]
+
+
+def view(run: Run, op: Op) -> list[Labels]:
+    """view, reshape, flatten, unflatten, squeeze, unsqueeze: the same positions in the same order."""
+    before, after = run.shape(op.args[0]), run.recording.values[op.outputs[0]].shape
+    if math.prod(before) != math.prod(after):
+        run.ledger.freeze_all(run.of(op.args[0]), run.why("numbers seen as several of another type"))
+        return [()]
+    made: list[Label] = []
+    for label in run.of(op.args[0]):
+        made += run.ledger.moved(label, reshaped(label.ids, before, after), run.why(PICKED))
+    return [_without_merged_copies(tuple(made))]
+
+
+def reshaped(ids: Ids, before: Shape, after: Shape) -> Ids:
+    """Ids of a tensor of shape `before` when it is seen with shape `after`, narrow where they were.
+
+    Runs of axes that are merged or split among themselves are told apart: those along which ids are alike stay narrow.
+    """
+    wide: list[int] = []  # what the ids are expanded to
+    seen: list[int] = []  # what they are seen as then
+    for old, new in _runs(before, after):
+        varies = any(ids.shape[axis] > 1 for axis in old)
+        wide += [before[axis] if varies else 1 for axis in old]
+        seen += [after[axis] if varies else 1 for axis in new]
+    return np.broadcast_to(ids, wide).reshape(seen)
+
+
+def _runs(before: Shape, after: Shape) -> list[tuple[range, range]]:
+    """The shortest runs of axes of both shapes that hold the same number of positions."""
+    runs = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        first_i, first_j, have, want = i, j, 1, 1
+        while (i == first_i and j == first_j) or have != want:
+            if i < len(before) and (have <= want or j == len(after)):
+                have, i = have * before[i], i + 1
+            else:
+                want, j = want * after[j], j + 1
+        runs.append((range(first_i, i), range(first_j, j)))
+    return runs
 
 
 def _without_merged_copies(labels: Labels) -> Labels:
     """Copies that were folded into an axis with channels of its own go with those."""
     taken = {axis for label in labels if not label.copies for axis in label.axes}
     return tuple(label for label in labels if not (label.copies and taken & set(label.axes)))
-
-
-def _is_view(op: Op) -> bool:
-    return op.func._schema.name in ("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::view_as")
 
 
 def _dim(op: Op) -> int:
@@ -52,7 +89,7 @@ def _whole_along(run: Run, labels: Labels, dim: int, reason: str) -> Labels:
     """An axis that is taken apart by number stays whole; labels that vary along it alone are frozen by `through`."""
     made = []
     for label in labels:
-        axis = dim % label.ids.dim()
+        axis = dim % label.ids.ndim
         several = axis in label.axes and len(label.axes) > 1
         kept = run.ledger.uniform(label, [axis], reason) if several else label
         if kept is not None:
@@ -85,9 +122,7 @@ def expand(run: Run, op: Op) -> list[Labels]:
     grown = [d for d, size in enumerate(out) if size > 1 and (d < lead or x[d - lead] == 1)]
     fresh = []
     for axis in grown:
-        shape = [1] * len(out)
-        shape[axis] = out[axis]
-        fresh.append(Label(run.ledger.fresh(out[axis]).reshape(shape), False, copies=True))
+        fresh.append(Label(on_axis(run.ledger.fresh(out[axis]), axis, len(out)), False, copies=True))
     return [(*labels, *fresh)]
 
 
@@ -108,7 +143,7 @@ def _thin(shape: Shape, axis: int) -> Shape:
 
 def _joined(run: Run, parts: Sequence[Ref], axis: int, ndim: int) -> Labels:
     """The label along the concatenated axis: each operand's ids, FIXED (or fresh for zeros) where it has none."""
-    pieces: list[Tensor] = []
+    pieces: list[Ids] = []
     vanishes, any_ids = True, False
     for ref in parts:
         size = run.shape(ref)[axis]
@@ -119,19 +154,17 @@ def _joined(run: Run, parts: Sequence[Ref], axis: int, ndim: int) -> Labels:
             continue
         for label in varying:
             run.ledger.freeze(label.ids, run.why("several channels along one axis"))
-        shape = [1] * ndim
-        shape[axis] = size
         if _is_zero(run, ref):  # there may be fewer zeros
-            ids = run.ledger.fresh(size).reshape(shape)
+            ids = on_axis(run.ledger.fresh(size), axis, ndim)
             run.labels[ref.value] = (*run.of(ref), Label(ids, True))
         else:
-            ids = torch.full(shape, FIXED)
+            ids = on_axis(np.full(size, FIXED), axis, ndim)
         pieces.append(ids)
     if not any_ids:
         return ()
-    full = [max(p.shape[d] for p in pieces) for d in range(ndim)]
-    wide = [p.expand(*(p.shape[d] if d == axis else full[d] for d in range(ndim))) for p in pieces]
-    ids = compress(torch.cat(wide, axis))
+    full = [max([p.shape[d] for p in pieces]) for d in range(ndim)]
+    wide = [np.broadcast_to(p, (*full[:axis], p.shape[axis], *full[axis + 1 :])) for p in pieces]
+    ids = compress(np.concatenate(wide, axis))
     return (Label(ids, vanishes),)
 
 
@@ -150,7 +183,7 @@ def stack(run: Run, op: Op) -> list[Labels]:
     merged = run.ledger.merge(operands, all, run.why("stacked with positions that stay"))
     ndim = len(operands[0][1]) + 1
     axis = int(arguments(op).get("dim") or 0) % ndim
-    return [tuple(label.on(label.ids.unsqueeze(axis)) for label in merged)]
+    return [tuple(label.on(np.expand_dims(label.ids, axis)) for label in merged)]
 
 
 def pad(run: Run, op: Op) -> list[Labels]:
@@ -177,16 +210,15 @@ def pad(run: Run, op: Op) -> list[Labels]:
 
 
 def _padded_channels(run: Run, label: Label, axis: int, amounts: list[int]) -> Label:
-    at = 2 * (label.ids.dim() - 1 - axis)
+    ndim = label.ids.ndim
+    at = 2 * (ndim - 1 - axis)
     before, after = amounts[at], amounts[at + 1]
     size = label.ids.shape[axis] + before + after
-    shape = [1] * label.ids.dim()
-    shape[axis] = size
-    fresh = run.ledger.fresh(size).reshape(shape)
+    fresh = run.ledger.fresh(size)
     if not label.vanishes:
-        kept = fresh.narrow(axis, before, size - before - after)
+        kept = on_axis(fresh[before : size - after], axis, ndim)
         run.ledger.unite(kept, label.ids, run.why("padded channels that are not zero"))
-    return Label(fresh, True)
+    return Label(on_axis(fresh, axis, ndim), True)
 
 
 def roll(run: Run, op: Op) -> list[Labels]:
@@ -208,9 +240,10 @@ def index(run: Run, op: Op) -> list[Labels]:
     zeros = [None if ref is None else torch.zeros(run.shape(ref), dtype=torch.int64) for ref in indices]
     made = []
     for label in labels:
-        small = label.ids.expand(*(shape[d] if d in indexed else label.ids.shape[d] for d in range(len(shape))))
-        made.append(label.on(compress(op.func(small, zeros))))
-        assert made[-1].ids.dim() == len(out)
+        small = [shape[d] if d in indexed else label.ids.shape[d] for d in range(len(shape))]
+        found = op.func(as_tensor(label.ids).expand(small), zeros).numpy()
+        made.append(label.on(compress(found)))
+        assert found.ndim == len(out)
     return [tuple(made)]
 
 
@@ -262,7 +295,7 @@ def windows(run: Run, op: Op) -> list[Labels]:
     x = a["self"]
     dim = a["dimension"] % len(run.shape(x))
     labels = run.ledger.uniform_all(run.of(x), [dim], run.why("a window slides here"))
-    return [tuple(label.on(label.ids.unsqueeze(-1)) for label in labels)]
+    return [tuple(label.on(label.ids[..., None]) for label in labels)]
 
 
 def unfold_patches(run: Run, op: Op) -> list[Labels]:
@@ -271,5 +304,5 @@ def unfold_patches(run: Run, op: Op) -> list[Labels]:
     x = a["self"]
     labels = run.ledger.uniform_all(run.of(x), [2, 3], run.why("a window slides here"))
     patch = int(torch.tensor(a["kernel_size"]).prod())
-    made = [b.on(b.ids.repeat_interleave(patch, 1).flatten(2)) for b in labels if 1 in b.axes]
+    made = [b.on(b.ids.repeat(patch, 1).reshape(*b.ids.shape[:1], -1, 1)) for b in labels if 1 in b.axes]
     return [tuple(made)]

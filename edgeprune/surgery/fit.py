@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..errors import TraceError
 from ..graph import ModelGraph
-from ..graph.record import Op, record
+from ..graph.record import record
+from ..graph.recording import Op
 from ..graph.rules import has_rule, name_of
 from ..graph.run import arguments
 from .rewrite import Rewriter, numbers_in

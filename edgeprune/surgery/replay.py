@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 from ..errors import TraceError
 from ..graph import Example, ModelGraph, as_call
 from ..graph.blocks import branch_ops
-from ..graph.record import Call, Op, Recording, Ref, record
+from ..graph.record import record
+from ..graph.recording import Call, Op, Recording, Ref
 from ..graph.rules import has_rule, name_of
 from ..graph.run import arguments
 from ..records import Block

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..graph import ModelGraph
-from ..graph.record import Op
+from ..graph.recording import Op
 from ..graph.rules import name_of
 from ..graph.run import arguments
 from ..records import Keep
@@ -40,7 +40,7 @@ class Rewriter:
         kept = np.ones(self.recording.values[value].shape[axis], dtype=bool)
         for label in self._labels.get(value, ()):
             if axis in label.axes:
-                ids = label.ids.numpy()
+                ids = label.ids
                 alive = np.where(ids >= 0, self._alive[ids], True)
                 kept &= alive.any(axis=tuple(d for d in range(alive.ndim) if d != axis))
         return kept
