@@ -43,7 +43,7 @@ Found = dict[str, Any]
 
 def edgeprune(*arguments: str, home: str = "home") -> Any:
     """What a command answers. One that missed its budget answers too, with exit status 1."""
-    command = [sys.executable, "-m", "edgeprune", *arguments, "--json", "--quiet"]
+    command = [sys.executable, "-m", "edgeprune", *arguments, "--json"]
     where = {**os.environ, "EDGEPRUNE_HOME": str(Path(home).absolute())}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=where)
     if done.returncode not in (0, 1):
@@ -61,7 +61,7 @@ def check() -> Found:
 
 def profile(home: str = "home") -> Found:
     """Every entry of the table, by its layer."""
-    answer = edgeprune("profile", home=home)
+    answer = edgeprune("profile", "--quiet", home=home)
     kept = {**os.environ, "EDGEPRUNE_HOME": str(Path(home).absolute())}
     command = [sys.executable, "-m", "edgeprune", "table", "export", f"{home}.json"]
     subprocess.run(command, check=True, env=kept, stdout=subprocess.DEVNULL)
@@ -72,13 +72,13 @@ def profile(home: str = "home") -> Found:
 
 def judge() -> Found:
     """The table against whole networks."""
-    return dict(edgeprune("profile", "--check", str(NETWORKS))["check"])
+    return dict(edgeprune("profile", "--quiet", "--check", str(NETWORKS))["check"])
 
 
 def compress(target: str, speedup: float) -> Found:
     """One plan; its run goes to a folder of its own."""
     run = f"runs/{target}-{speedup:g}"
-    answer = edgeprune("compress", "--target", target, "--speedup", str(speedup), "--run", run, "--resume")
+    answer = edgeprune("compress", "--quiet", "--target", target, "--speedup", str(speedup), "--run", run, "--resume")
     report = answer["report"]
     both = [report[which] for which in ("dense", "pruned")]
     return {
