@@ -1,10 +1,12 @@
 """The whole job on the emulated ARM board, the time of each part, and the board's answers beside this machine's.
 
-    python benchmarks/board.py            all of it, in a folder that is thrown away
-    python benchmarks/board.py --table    the table alone
+    python benchmarks/board.py                  every part that has no result yet, then the table
+    python benchmarks/board.py --parts profile  one of them
+    python benchmarks/board.py --table          the table of what there is
 
 The project is tools/digits_board. The board's milliseconds are counted instructions, those of no real board; the time
-that things take is this machine's. Whole networks of random widths judge the table; nothing is fitted on them.
+that things take is this machine's. Whole networks of random widths judge the table; their correction was fitted on
+others. A part that is stopped goes on with what it has on disk, and its time adds up. `--files FOLDER` keeps it all.
 """
 
 from __future__ import annotations
@@ -13,139 +15,280 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import record
+from numpy.typing import NDArray
 
-from edgeprune import project, runs
+from edgeprune import project
 from edgeprune.records import Artifact
-from edgeprune.runs import Run
 from edgeprune.target import open_target
-from edgeprune.verify import FORMAT, VerifyReport
 
 RESULT, NETWORKS, TO = "board", 10, "models/digits"
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
+PLANS = {"1.25x": ("pi", 1.25), "1.5x": ("pi", 1.5), "2x": ("pi", 2.0), "int8 1.5x": ("pi8", 1.5)}
+PLACE_MS = 38e-6  # by which a layer differs in another process: see tests/test_board.py
+Found = dict[str, Any]
 
 
-def edgeprune(*arguments: str) -> Any:
-    """What a command answers."""
-    command = [sys.executable, "-m", "edgeprune", *arguments, "--json", "--quiet"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout)
+def edgeprune(*arguments: str, home: str = "home") -> Any:
+    """What a command answers. One that missed its budget answers too, with exit status 1."""
+    command = [sys.executable, "-m", "edgeprune", *arguments, "--json"]
+    where = {**os.environ, "EDGEPRUNE_HOME": str(Path(home).absolute())}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=where)
+    if done.returncode not in (0, 1):
+        raise subprocess.CalledProcessError(done.returncode, command)
+    return {**json.loads(done.stdout), "status": done.returncode}
 
 
-def board(state: Path, action: str) -> str:
-    command = [sys.executable, str(TOOLS / "arm_board"), action, "--state", str(state)]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+# ---- parts: each runs in the project's folder, with the board up ------------------------------------------------
 
 
-def run(folder: Path) -> dict[str, Any]:
-    """Every part in turn, timed."""
-    seconds: dict[str, float] = {}
+def check() -> Found:
+    """Everything that the board needs."""
+    return {name: text for name, text in edgeprune("targets", "check", "pi").items() if name != "status"}
 
-    def timed(part: str, *arguments: str) -> Any:
-        began = time.monotonic()
-        answer = edgeprune(*arguments)
-        seconds[part] = time.monotonic() - began
-        return answer
 
-    for source in (*(TOOLS / "digits_board").iterdir(), TOOLS / "digits" / "train.py"):
-        shutil.copy(source, folder)
-    os.chdir(folder)
-    os.environ["EDGEPRUNE_HOME"] = str(folder / "home")
-    subprocess.run([sys.executable, "train.py"], check=True)
-    began = time.monotonic()
-    config = board(folder / "board", "start")
-    seconds["start"] = time.monotonic() - began
-    try:
-        add = ["targets", "add", "pi", "--host", "board", "--ssh-config", config]
-        subprocess.run([sys.executable, "-m", "edgeprune", *add], check=True)
-        profiled = timed("profile", "profile")
-        checked = timed("check", "profile", "--check", str(NETWORKS))["check"]
-        timed("compress", "compress")
-        timed("flash", "flash", "--to", TO)
-        answers = alike(folder)
-    finally:
-        board(folder / "board", "stop")
-    report = runs.as_record(VerifyReport, Run(folder / "runs/001").read("verify.json", FORMAT))
+def profile(home: str = "home") -> Found:
+    """Every entry of the table, by its layer."""
+    answer = edgeprune("profile", "--quiet", home=home)
+    kept = {**os.environ, "EDGEPRUNE_HOME": str(Path(home).absolute())}
+    command = [sys.executable, "-m", "edgeprune", "table", "export", f"{home}.json"]
+    subprocess.run(command, check=True, env=kept, stdout=subprocess.DEVNULL)
+    entries = json.loads(Path(f"{home}.json").read_text())["entries"]
+    used = answer["filled"]["entries"]
+    return {"used": used, "entries_ms": {json.dumps(e["layer"]): e["timing"]["median_ms"] for e in entries}}
+
+
+def judge() -> Found:
+    """The table against whole networks."""
+    return dict(edgeprune("profile", "--quiet", "--check", str(NETWORKS))["check"])
+
+
+def compress(target: str, speedup: float) -> Found:
+    """One plan; its run goes to a folder of its own."""
+    run = f"runs/{target}-{speedup:g}"
+    answer = edgeprune("compress", "--quiet", "--target", target, "--speedup", str(speedup), "--run", run, "--resume")
+    report = answer["report"]
+    both = [report[which] for which in ("dense", "pruned")]
     return {
-        "command": "python benchmarks/board.py",
-        "seconds": seconds,
-        "entries": profiled["filled"]["entries"],
-        "check": checked,
-        "dense_ms": report.dense.latency.median_ms,
-        "pruned_ms": report.pruned.latency.median_ms,
-        "predicted_ms": report.predicted_ms,
-        "accuracy": [n.accuracy.value for n in (report.dense, report.pruned) if n.accuracy is not None],
-        "peak_memory_bytes": [report.dense.peak_memory_bytes, report.pruned.peak_memory_bytes],
-        "largest_difference_from_torch": [n.agreement.max_difference for n in (report.dense, report.pruned)],
-        "board_beside_this_machine": answers,
+        "run": run,
+        "status": answer["status"],
+        "median_ms": [each["latency"]["median_ms"] for each in both],
+        "budget_ms": both[0]["latency"]["median_ms"] / speedup,
+        "predicted_ms": report["predicted_ms"],
+        "accuracy": [each["accuracy"]["value"] for each in both],
+        "images": both[0]["accuracy"]["total"],
+        "peak_memory_bytes": [each["peak_memory_bytes"] for each in both],
+        "from_torch": [each["agreement"]["max_difference"] for each in both],
+        "checks": answer["checks"],
     }
 
 
-def alike(folder: Path) -> dict[str, Any]:
-    """The pruned network on the board and here, on every final image; differences are over the largest output."""
-    opened = project.read(folder / "edgeprune.toml")
-    path = folder / "runs/001/artifact/model.tflite"
-    artifact = Artifact(str(path), (str(path),), "", path.stat().st_size, "tflite", "f32")
+def flash() -> Found:
+    """Install a network, and run it there with the board's own runtime, by the program that lies beside it."""
+    receipt = edgeprune("flash", "--target", "pi", "--run", "runs/pi-1.5", "--to", TO)
+    current = f"{TO}/current"
+    ssh = ["ssh", "-F", "board/ssh_config", "board"]
+    compared = (
+        "import numpy; a, b = (numpy.load(n) for n in ('o.npy', '" + current + "/smoke_outputs.npy')); "
+        "print(abs(a - b).max() / abs(b).max())"
+    )
+    arguments = [f"{current}/run.py", f"{current}/smoke_inputs.npy", "o.npy"]
+    subprocess.run([*ssh, "python3", *arguments], check=True, stdout=subprocess.DEVNULL)
+    off = subprocess.run([*ssh, f'python3 -c "{compared}"'], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return {"version": receipt["version"], "from_recorded": float(off)}
+
+
+def alike() -> Found:
+    """The pruned networks on the board and here, on every final image; differences are over the largest output."""
+    opened = project.read(Path("edgeprune.toml"))
     images = np.concatenate([x.numpy() for x, _ in opened.data.final.batches(256)])
+    return {name: _alike(opened, name, images) for name in ("1.5x", "int8 1.5x")}
+
+
+def _alike(opened: project.Project, plan: str, images: NDArray[Any]) -> Found:
+    target, speedup = PLANS[plan]
+    precision = opened.sections()[target]["precision"]
+    path = Path(f"runs/{target}-{speedup:g}/artifact/model.tflite")
+    artifact = Artifact(str(path), (str(path),), "", path.stat().st_size, "tflite", precision)
     outputs = []
-    for target in (opened.open_target("pi"), open_target("lite", {"lite": {"kind": "tflite"}})):
-        with closing(target):
-            outputs.append(target.run(artifact, [images]))
+    for where in (opened.open_target(target), open_target("x86", {"x86": {"kind": "tflite", "precision": precision}})):
+        with closing(where):
+            outputs.append(where.run(artifact, [images]))
     there, here = outputs
-    same = float((there.argmax(axis=1) == here.argmax(axis=1)).mean())
     return {
         "images": len(images),
         "max_difference": float(np.abs(there - here).max() / np.abs(here).max()),
-        "same_class": same,
+        "same_class": float((there.argmax(axis=1) == here.argmax(axis=1)).mean()),
     }
 
 
-def table(found: dict[str, Any]) -> str:
-    check, seconds = found["check"], found["seconds"]
-    errors = np.abs(np.array(check["predicted_ms"]) / np.array(check["measured_ms"]) - 1)
-    answers = found["board_beside_this_machine"]
-    rows = [
-        ["table", f"{found['entries']} entries", f"{seconds['profile']:.0f} s"],
-        [
-            f"{len(errors)} whole networks",
-            f"median error {np.median(errors):.2%}, 95th percentile {np.percentile(errors, 95):.2%}, "
-            f"rank correlation {check['rank_correlation']:.3f}",
-            f"{seconds['check']:.0f} s",
-        ],
-        [
-            "compress",
-            f"{found['dense_ms']:.4f} to {found['pruned_ms']:.4f} ms emulated ({found['predicted_ms']:.4f} predicted), "
-            f"accuracy {found['accuracy'][0]:.1%} to {found['accuracy'][1]:.1%}",
-            f"{seconds['compress']:.0f} s",
-        ],
-        ["flash", f"to {TO}", f"{seconds['flash']:.0f} s"],
-        [
-            "the board's answers beside x86's",
-            f"largest difference {answers['max_difference']:.1e} of the largest output, "
-            f"same class on {answers['same_class']:.1%} of {answers['images']} images",
-            "",
-        ],
-    ]
+PARTS: Mapping[str, Callable[[], Found]] = {
+    "check": check,
+    "profile": profile,
+    "profile again": partial(profile, "again"),
+    "networks": judge,
+    **{f"compress {name}": partial(compress, *plan) for name, plan in PLANS.items()},
+    "flash": flash,
+    "alike": alike,
+}
+
+
+# ---- running ---------------------------------------------------------------------------------------------------
+
+
+def prepare(folder: Path) -> None:
+    """The project, with a trained network; what is there stays."""
+    for source in (*(TOOLS / "digits_board").iterdir(), TOOLS / "digits" / "train.py"):
+        if source.is_file() and not (folder / source.name).exists():
+            shutil.copy(source, folder)
+    if not (folder / "weights.safetensors").exists():
+        subprocess.run([sys.executable, "train.py"], check=True, cwd=folder)
+
+
+@contextmanager
+def board(folder: Path) -> Iterator[None]:
+    """The board, up, in edgeprune.toml as pi and, for int8, pi8."""
+
+    def act(action: str) -> str:
+        command = [sys.executable, str(TOOLS / "arm_board"), action, "--state", str(folder / "board")]
+        return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+    config = act("start")
+    try:
+        for name, precision in (("pi", "f32"), ("pi8", "int8")):
+            if f"[target.{name}]" not in (folder / "edgeprune.toml").read_text():
+                add = ["targets", "add", name, "--host", "board", "--precision", precision, "--ssh-config", config]
+                subprocess.run([sys.executable, "-m", "edgeprune", *add], check=True, cwd=folder)
+        yield
+    finally:
+        act("stop")
+
+
+def run(part: str, folder: Path) -> None:
+    """One part; how long it took is kept whether or not it comes to its end."""
+    kept = folder / f"{part}.json"
+    known = json.loads(kept.read_text()) if kept.exists() else {"seconds": 0.0, "found": None}
+    if known["found"] is not None:
+        return
+    print(part, file=sys.stderr, flush=True)
+    began = time.monotonic()
+    try:
+        known["found"] = PARTS[part]()
+    finally:
+        known["seconds"] += time.monotonic() - began
+        kept.write_text(json.dumps(known))
+
+
+def collect(folder: Path) -> Found | None:
+    """All parts in one; None while one is missing."""
+    files = {part: folder / f"{part}.json" for part in PARTS}
+    if not all(path.exists() for path in files.values()):
+        return None
+    parts = {part: json.loads(path.read_text()) for part, path in files.items()}
+    if any(known["found"] is None for known in parts.values()):
+        return None
+    first, second = (parts[part]["found"].pop("entries_ms") for part in ("profile", "profile again"))
+    moved = np.array([abs(second[layer] - ms) for layer, ms in first.items()])
+    share = moved / np.array(list(first.values()))
+    parts["profile again"]["found"] |= {
+        "compared": len(moved),
+        "same_layers": first.keys() == second.keys(),
+        "equal": int((moved == 0).sum()),
+        "within": float((moved <= np.maximum(1e-3 * np.array(list(first.values())), PLACE_MS)).mean()),
+        "most_ns": float(moved.max() * 1e6),
+        "most": float(share.max()),
+    }
+    return {"command": "python benchmarks/board.py", "parts": parts}
+
+
+# ---- the table -------------------------------------------------------------------------------------------------
+
+
+def table(found: Found) -> str:
+    parts = {name: part["found"] for name, part in found["parts"].items()}
+    seconds = {name: part["seconds"] for name, part in found["parts"].items()}
+    rows = [[name, _TEXTS.get(name, _plan)(parts[name]), f"{seconds[name]:.0f} s"] for name in PARTS]
+    job = ("check", "profile", "compress 1.5x", "flash")
+    whole = f"the whole job: {', '.join(job)}"
+    rows.append([whole, "", f"{sum(seconds[name] for name in job) / 60:.1f} min"])
     return record.table(["part", "found", "takes"], rows)
+
+
+def _again(found: Found) -> str:
+    return (
+        f"{found['equal']} of {found['compared']} entries to the instruction, {found['within']:.0%} within 0.1 % or 38 "
+        f"ns; at most {found['most_ns']:.0f} ns apart"
+    )
+
+
+def _judged(found: Found) -> str:
+    return (
+        f"{found['networks']} of random widths: median error {found['median_error']:.2%}, 95th percentile "
+        f"{found['p95_error']:.2%}, rank correlation {found['rank_correlation']:.3f}"
+    )
+
+
+def _plan(found: Found) -> str:
+    dense, pruned = found["median_ms"]
+    before, after = found["accuracy"]
+    return (
+        f"{dense:.4f} to {pruned:.4f} ms, budget {found['budget_ms']:.4f} ({1 - pruned / found['budget_ms']:+.2%} "
+        f"left), {found['predicted_ms']:.4f} predicted ({found['predicted_ms'] / pruned - 1:+.2%}); accuracy "
+        f"{before:.1%} to {after:.1%} of {found['images']}"
+    )
+
+
+def _compared(found: Found) -> str:
+    each = (
+        f"{name}: largest difference {a['max_difference']:.1e} of the largest output, same class on "
+        f"{a['same_class']:.1%} of {a['images']}"
+        for name, a in found.items()
+    )
+    return "; ".join(each)
+
+
+_TEXTS: Mapping[str, Callable[[Found], str]] = {
+    "check": lambda found: found["runtime"],
+    "profile": lambda found: f"{found['used']} entries",
+    "profile again": _again,
+    "networks": _judged,
+    "flash": lambda found: f"to {TO}; run.py there within {found['from_recorded']:.1e} of what torch gave",
+    "alike": _compared,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--files", type=Path, default=Path(tempfile.gettempdir()) / "edgeprune-board")
     parser.add_argument("--table", action="store_true")
-    if not parser.parse_args().table:
-        with tempfile.TemporaryDirectory(prefix="edgeprune-board-") as folder:
-            record.save(RESULT, run(Path(folder)))
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a part that is stopped takes its board down with it
+    if not options.table:
+        folder = options.files.absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        prepare(folder)
+        os.chdir(folder)
+        with board(folder):
+            for part in options.parts:
+                run(part, folder)
+        whole = collect(folder)
+        if whole is not None:
+            record.save(RESULT, whole)
     found = record.load(RESULT)
-    print(table(found) if found else "nothing was run yet")
+    print(table(found) if found else "not all parts were run yet")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ def machine() -> dict[str, str]:
         "torch",
         "openvino",
         "ai-edge-litert",
+        "onnxruntime",
         "torchvision",
         "timm",
         "torch-pruning",

@@ -1,9 +1,8 @@
-"""How wrong a LiteRT table is about whole networks, how fast half the latency comes out, and LiteRT beside others.
+"""How wrong a LiteRT table is about whole networks.
 
     python benchmarks/tflite_error.py --prepare      convert every network that has no file yet (minutes)
     python benchmarks/tflite_error.py                time what is prepared and not in benchmarks/results yet
-    python benchmarks/tflite_error.py --compress     prune to half the latency; time it in three runtimes
-    python benchmarks/tflite_error.py --table        the Markdown tables of what there is
+    python benchmarks/tflite_error.py --table        the Markdown table of what there is
 
 The plans, the methods and what the columns mean are those of table_error.py: 30 plans of random widths are judged, 12
 other networks are fitted on, every network is loaded twice and all are visited in turn. x86 LiteRT with XNNPACK, one
@@ -20,22 +19,18 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import flatbuffers
 import numpy as np
-import onnxruntime
 import record
 import table_error
 import torch
-from edgeprune.profilers import timing
 
-import edgeprune
-from edgeprune import flatbuffer, litert, measure, runs, surgery
+from edgeprune import flatbuffer, litert, measure, surgery
 from edgeprune.importance import best
-from edgeprune.planning import PREFLIGHT, Preflight
 from edgeprune.records import Artifact, LayerShape
 from edgeprune.target import Target, open_target
 from edgeprune.widths import shape_at
@@ -47,7 +42,6 @@ FITTED = 12
 CHECKED = (0, 20, 41)  # of the networks that are rewritten, those that are converted too
 WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 CALIBRATION = 4  # random inputs that int8 ranges are taken from
-ROUNDS = 5  # of timing one network in each runtime
 
 
 def opened(precision: str) -> Target:
@@ -221,64 +215,6 @@ def compare(case: table_error.Case, halves: Any, costs: Any) -> dict[str, Any]:
     }
 
 
-# ---- half the latency, and other runtimes --------------------------------------------------------------------
-
-
-def compress(name: str, precision: str, files: Path) -> None:
-    """Prune to half the latency without training, then time both networks in LiteRT, OpenVINO and ONNX Runtime."""
-    if record.load(f"tflite_error/half-{name}-{precision}") is not None:
-        return
-    dense, example = table_error.build(name)
-    target, folder = opened(precision), files / f"half-{name}-{precision}"
-    images = [torch.randn(*example.shape, generator=torch.Generator().manual_seed(s)) for s in range(CALIBRATION)]
-    try:
-        done = edgeprune.compress(
-            dense, example, target, speedup=2.0, run=folder, resume=True, steps=1, importance="random",
-            batches=lambda: [(x, torch.zeros(1)) for x in images],
-        )  # fmt: skip
-        start = runs.as_record(Preflight, done.run.read("preflight.json", PREFLIGHT))
-        each = {
-            "dense": beside(dense, example, target, folder / "dense", images),
-            "pruned": beside(done.model, example, target, folder / "artifact", images),
-        }
-        report = done.report
-        result = {
-            "dense_ms": report.dense.latency.median_ms, "pruned_ms": report.pruned.latency.median_ms,
-            "speedup": report.speedup, "predicted_ms": report.predicted_ms, "floor_ms": start.floor.measured_ms,
-            "agreement": [report.dense.agreement.max_difference, report.pruned.agreement.max_difference],
-            "runtimes_ms": each, "load": report.state.load,
-        }  # fmt: skip
-        record.save(f"tflite_error/half-{name}-{precision}", result)
-    finally:
-        target.close()
-
-
-def beside(
-    module: torch.nn.Module, example: torch.Tensor, target: Target, folder: Path, images: Sequence[torch.Tensor]
-) -> Mapping[str, float]:
-    """One network in three runtimes, in turn, one thread each; all in f32 but LiteRT, which is as the target is."""
-    cpu = open_target("cpu", {})
-    try:
-        ir = cpu.export(module, example, folder / "openvino")
-        lite = artifact(folder / "model.tflite", target.fingerprint().precision)
-        settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = settings.inter_op_num_threads = 1
-        session = onnxruntime.InferenceSession(str(folder / "openvino/model.onnx"), settings)
-        x = {session.get_inputs()[0].name: example.numpy()}
-        wanted = module.eval()(example).detach().numpy()
-        for found in (session.run(None, x)[0], cpu.run(ir, [example.numpy()])):
-            assert np.abs(found - wanted).max() <= table_error.AGREES * np.abs(wanted).max()
-        visits: dict[str, list[float]] = {"litert": [], "openvino": [], "onnxruntime": []}
-        for _ in range(ROUNDS):
-            visits["litert"].append(target.time([lite], 20, 60, 0.004, 2.0)[0].median_ms)
-            visits["openvino"].append(cpu.time([ir], 20, 60, 0.004, 2.0)[0].median_ms)
-            (own,) = timing.in_turn([lambda: session.run(None, x)], 1, 20, 60, 0.004, 2.0)
-            visits["onnxruntime"].append(own["median_ms"])
-        return {runtime: float(np.median(ms)) for runtime, ms in visits.items()}
-    finally:
-        cpu.close()
-
-
 # ---- tables --------------------------------------------------------------------------------------------------
 
 
@@ -302,31 +238,12 @@ def summary() -> str:
     return record.table(header, rows)
 
 
-def halves() -> str:
-    rows = []
-    for name in NETWORKS:
-        for precision in PRECISIONS:
-            found = record.load(f"tflite_error/half-{name}-{precision}")
-            if found is None:
-                continue
-            each = [
-                " / ".join(f"{found['runtimes_ms'][which][runtime]:.3g}" for which in ("dense", "pruned"))
-                for runtime in ("litert", "openvino", "onnxruntime")
-            ]
-            cells = [f"{found['dense_ms']:.3g}", f"{found['pruned_ms']:.3g}", f"{found['speedup']:.2f}x"]
-            rows.append([name, precision, *cells, f"{found['dense_ms'] / found['floor_ms']:.1f}x", *each])
-    header = ["network", "precision", "dense ms", "pruned ms", "speed-up", "floor", "LiteRT dense / pruned ms",
-              "OpenVINO f32", "ONNX Runtime f32"]  # fmt: skip
-    return record.table(header, rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--precisions", nargs="*", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--files", type=Path, default=Path(tempfile.gettempdir()) / "edgeprune-tflite-error")
     parser.add_argument("--prepare", action="store_true")
-    parser.add_argument("--compress", action="store_true")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     os.environ.setdefault("EDGEPRUNE_HOME", str(HERE / "results" / "tflite_error" / "home"))
@@ -337,11 +254,9 @@ def main() -> None:
             prepare(name, options.files)
             continue
         for precision in options.precisions:
-            if options.compress:
-                compress(name, precision, options.files)
-            elif record.load(f"tflite_error/{name}-{precision}") is None:
+            if record.load(f"tflite_error/{name}-{precision}") is None:
                 run(name, precision, options.files)
-    print(summary(), halves(), sep="\n\n")
+    print(summary())
 
 
 if __name__ == "__main__":

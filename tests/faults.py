@@ -22,15 +22,17 @@ class Proxy:
         self._upstream = port
         self.delay_s, self.stalled, self.refusing = 0.0, False, False
         self.cut_after: int | None = None
-        self.cuts = 0
+        self.cuts = self.resets = 0
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._serve, daemon=True).start()
 
     def reset(self) -> None:
-        """Reset every connection now."""
-        for pair in list(self._pairs):
+        """Reset every connection now; counted when there was one."""
+        pairs = list(self._pairs)
+        self.resets += bool(pairs)
+        for pair in pairs:
             self._drop(pair)
 
     def close(self) -> None:

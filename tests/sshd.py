@@ -22,9 +22,10 @@ class Server:
         folder: of its keys and settings.
         path: where its programs are found.
         greeting: what its login shell prints.
+        passwords: are they accepted too?
     """
 
-    def __init__(self, folder: Path, path: str = PATH, greeting: str = "") -> None:
+    def __init__(self, folder: Path, path: str = PATH, greeting: str = "", passwords: bool = False) -> None:
         assert Path(SERVER).exists(), NEEDED
         self.folder, self.port = folder, free_port()
         for name in ("host", "user", "stranger"):
@@ -32,8 +33,9 @@ class Server:
         self._settings = folder / "sshd_config"
         self._settings.write_text(
             f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nPidFile none\nUsePAM no\n"
-            f"AuthorizedKeysFile {folder}/user.pub\nStrictModes no\nPasswordAuthentication no\n"
-            "KbdInteractiveAuthentication no\nPermitRootLogin prohibit-password\n"
+            f"AuthorizedKeysFile {folder}/user.pub\nStrictModes no\nKbdInteractiveAuthentication no\n"
+            f"PasswordAuthentication {'yes' if passwords else 'no'}\n"
+            f"PermitRootLogin {'yes' if passwords else 'prohibit-password'}\n"
             f"ForceCommand printf '{greeting}'; PATH={path} PYTHONDONTWRITEBYTECODE=1 exec {shutil.which('sh')} -c "
             '"$SSH_ORIGINAL_COMMAND"\n'
         )

@@ -23,7 +23,7 @@ from emulated import Board, during, installed, layers, works
 
 from edgeprune import cli, deploy, measure
 from edgeprune.agent import local_program
-from edgeprune.errors import DeployError, TargetError
+from edgeprune.errors import DeployError, LinkError, TargetError
 from edgeprune.host import Ssh
 from edgeprune.records import Artifact
 from edgeprune.target import Target, open_target
@@ -215,16 +215,43 @@ def test_a_power_cut_or_a_reboot_in_the_middle_of_a_profile_costs_only_time(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
-def test_a_power_cut_in_the_middle_of_a_flash_leaves_a_model_that_works(
-    board: Board, host: Ssh, tmp_path: Path, seed: int
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("fault", [("power-cut", "power-on"), ("reset",)])
+def test_a_power_cut_or_a_reboot_in_the_middle_of_a_flash_leaves_a_model_that_works(
+    board: Board, host: Ssh, tmp_path: Path, seed: int, fault: tuple[str, ...]
 ) -> None:
-    installed(host, tmp_path, f"A{seed}")
-    cut = during(random.Random(seed).uniform(0.5, 4.0), lambda: board.act("power-cut"), lambda: board.act("power-on"))
-    version = installed(host, tmp_path, f"B{seed}", 4_000_000)
+    installed(host, tmp_path, f"A{seed}{fault[0]}")
+    cut = during(random.Random(seed).uniform(0.5, 4.0), *(partial(board.act, action) for action in fault))
+    version = installed(host, tmp_path, f"B{seed}{fault[0]}", 4_000_000)
     cut.join()
     assert works(host)
     assert deploy.versions(host, "models/faults")[0].name == version
+
+
+@pytest.mark.slow
+def test_a_power_cut_right_after_a_flash_takes_nothing_of_it(board: Board, host: Ssh, tmp_path: Path) -> None:
+    version = installed(host, tmp_path, "kept", 2_000_000, folder="models/kept")
+    board.act("power-cut")
+    board.act("power-on")
+    assert deploy.versions(host, "models/kept")[0].name == version
+    assert works(host, "models/kept")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_a_power_cut_in_a_flash_that_nobody_goes_on_with_leaves_a_model_that_works(
+    board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    with contextlib.closing(Ssh("board", board.config)) as host:
+        installed(host, tmp_path, f"C{seed}", folder="models/left")
+        monkeypatch.setattr("edgeprune.host.PATIENCE_S", 0.0)
+        cut = during(random.Random(seed).uniform(0.5, 4.0), lambda: board.act("power-cut"))
+        with contextlib.suppress(LinkError):
+            installed(host, tmp_path, f"D{seed}", 2_000_000, folder="models/left")
+        cut.join()
+    board.act("power-on")
+    with contextlib.closing(Ssh("board", board.config)) as host:
+        assert works(host, "models/left")
 
 
 def test_a_program_that_takes_all_memory_is_named_and_the_board_lives_on(host: Ssh) -> None:

@@ -211,6 +211,33 @@ def test_a_link_that_breaks_anywhere_in_a_flash_ends_with_the_new_version(
     assert works(tmp_path / "installed" / "current")
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_link_that_breaks_at_the_switch_ends_with_the_new_version(
+    proxied: tuple[Ssh, Proxy], tmp_path: Path, moment: str
+) -> None:
+    """As soon as the new version has its name, before it is current; and as soon as it is current."""
+    host, proxy = proxied
+    put(host, tmp_path, "A")
+    folder = tmp_path / "installed"
+
+    def breaks() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            found = next(iter((folder / "versions").glob("0002-*")), None)
+            if found is not None and (moment == "before" or (folder / "current").resolve() == found):
+                proxy.reset()
+                return
+
+    other = threading.Thread(target=breaks)
+    other.start()
+    version = put(host, tmp_path, "B")
+    other.join()
+    assert proxy.resets == 1
+    assert (folder / "current").resolve().name == version
+    assert works(folder / "current")
+    assert {v.name for v in deploy.versions(host, str(folder))} == set(os.listdir(folder / "versions"))
+
+
 def test_a_slow_link_only_takes_longer(proxied: tuple[Ssh, Proxy], tmp_path: Path) -> None:
     host, proxy = proxied
     proxy.delay_s = 0.1

@@ -7,13 +7,20 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 from sshd import PATH, Server, free_port
+from torch import nn
 
+from edgeprune import measure, store, widths
 from edgeprune.errors import AgentError, LinkError, RuntimeMissing, TargetError
+from edgeprune.graph import trace
 from edgeprune.host import Here, Ssh
+from edgeprune.target import open_target
 
 pytestmark = pytest.mark.ssh
 
@@ -163,6 +170,29 @@ def test_a_program_whose_link_broke_is_started_again_and_opened_again(server: Se
         assert agent.call("open", 60, threads=1, precision="f32")["machine"] == opened["machine"]
 
 
+def test_an_ssh_that_is_killed_in_the_middle_of_a_profile_costs_only_time(server: Server, tmp_path: Path) -> None:
+    graph = trace(nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)), torch.randn(1, 3, 12, 12))
+    choices = widths.candidates(graph.groups, 0.1)
+    entries = store.Store(tmp_path / "latency.sqlite")
+    killers = []
+
+    def after_the_first_batch(done: int, of: int) -> None:
+        if not killers:
+            killers.append(threading.Timer(0.1, cut._process.kill))
+            killers[0].start()
+
+    sections = {"pi": {"kind": "tflite", "host": "board", "ssh_config": str(server.config)}}
+    with closing(entries), closing(open_target("pi", sections)) as target:
+        host = target.host
+        assert isinstance(host, Ssh)
+        cut = host._link
+        assert cut is not None
+        _, filled = measure.fill(measure.timed(graph.layers, target), choices, target, entries, after_the_first_batch)
+        assert cut.status() is not None
+        assert host._link is not cut
+        assert filled.measured == filled.entries == len(entries.entries(target.fingerprint())) - 1  # the sentinel
+
+
 def test_a_program_that_is_killed_is_no_broken_link(board: Ssh) -> None:
     with board.start("openvino") as agent:
         agent.call("open", 60, threads=1, precision="f32")
@@ -246,6 +276,22 @@ def test_a_key_that_is_refused(server: Server) -> None:
     text = refused(Ssh("board", server.configured("denied", key="stranger")))
     assert text.startswith("board refuses this user's keys")
     assert "ssh-copy-id board" in text
+
+
+def test_a_board_that_wants_a_password_is_told_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even one that a program would answer for the user: it would be the wrong one again and again."""
+    locked = Server(emptied(tmp_path / "sshd"), passwords=True)
+    asked = made(tmp_path / "askpass", 0)
+    asked.write_text(f"#!/bin/sh\ntouch {tmp_path}/asked; echo wrong\n")
+    asked.chmod(0o755)
+    monkeypatch.setenv("SSH_ASKPASS", str(asked))
+    monkeypatch.setenv("SSH_ASKPASS_REQUIRE", "force")
+    try:
+        text = refused(Ssh("board", locked.configured("denied", key="stranger")))
+    finally:
+        locked.stop()
+    assert text.startswith("board refuses this user's keys (edgeprune never asks for a password); give it one with")
+    assert not (tmp_path / "asked").exists()
 
 
 def test_no_host_may_look_like_an_option() -> None:

@@ -33,11 +33,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small.make(folder, toml.replace("[data]", "arguments = { width = 64 }\n\n[data]") + TARGET)
     process = small.command("compress", "--json", cwd=folder)
     out, err = process.communicate(timeout=600)
-    # 1: the last measurement, of 0.07 ms on a machine that others use, may come out over the budget that the plan met;
-    # where the clock has no noise, test_board.py asserts 0
     assert process.returncode in (0, 1), err
+    assert process.returncode == bool(missed(json.loads(out)))
     (folder / "result.json").write_text(out)
     return folder
+
+
+def missed(result: dict[str, Any]) -> list[str]:
+    return [check["name"] for check in result["checks"] if not check["passed"]]
 
 
 @pytest.mark.slow
@@ -45,8 +48,13 @@ def test_the_accepted_plan_meets_the_budget_in_int8_and_outputs_follow_torch(fin
     result = json.loads((finished / "result.json").read_text())  # one object, nothing else on standard output
     step, start = (json.loads((finished / "runs/001" / f).read_text()) for f in ("step-1/plan.json", "preflight.json"))
     assert step["chosen"]["measured_ms"] <= start["dense_ms"] / 1.6
-    assert [check["name"] for check in result["checks"] if not check["passed"]] in ([], ["latency"])
+    # A plan is accepted when it was measured at 0.8 us or more below its budget. The last check measures both networks
+    # once more, of 0.1 ms each, when others may use the machine in another way, and says what it finds: it is not
+    # repeated until it fits. So it alone may miss, and only by the figures that it reports. Where the clock has no
+    # noise, on the emulated board, test_board.py wants 0.
     report = result["report"]
+    medians = [report[network]["latency"]["median_ms"] for network in ("dense", "pruned")]
+    assert missed(result) == ["latency"] * (medians[1] > medians[0] / 1.6)
     for network in (report["dense"], report["pruned"]):
         assert network["agreement"]["max_difference"] < 0.1
         assert network["agreement"]["same_class"] > 0.9
