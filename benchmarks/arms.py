@@ -1,4 +1,4 @@
-"""Other ways to choose widths, on the same costs and values as the exact solver: a linearised knapsack and a greedy.
+"""Other ways to choose widths, for the same values as the exact solver: a linearised knapsack, a greedy, multiply-adds.
 
 The linearised knapsack is HALP's (arXiv 2210.06659), from its mathematics: input widths are frozen at those of the step
 before, so that a layer's cost belongs to the group that makes its output; K steps of a geometric budget schedule. Each
@@ -7,23 +7,27 @@ step's knapsack is solved exactly here, which HALP's own dynamic programme does 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune import knapsack
-from edgeprune.allocate import Costs
+from edgeprune import allocate, knapsack
+from edgeprune.allocate import Costs, Limit
 from edgeprune.errors import UnreachableBudget
 from edgeprune.importance import Importance, kept_value
 from edgeprune.knapsack import Cost, Problem, Sum, Term
-from edgeprune.table import Surface, follows_input, layer_ms
+from edgeprune.records import Fingerprint, Layer, LayerShape, Plan, Timing
+from edgeprune.table import IDENTITY, LatencyTable, Surface, follows_input, layer_ms, surface, wanted
 from edgeprune.widths import size
 
 Floats = NDArray[np.float64]
 Units = Mapping[str, int]
 BISECTIONS = 7  # of the nominal budget
 MANY = 1000  # choices: beyond, a linearised plan is taken as it comes
+HALVINGS = 12  # of a budget of multiply-adds
+COUNTED = Fingerprint("multiply-adds", "none", "none", "f32", 1, ())
 
 
 def value_of(scores: Importance, units: Units) -> float:
@@ -67,11 +71,11 @@ def _step(costs: Costs, scores: Importance, now: Units, budget_ms: float) -> Uni
     left = {g: [w for w in choices if w <= now[g]] for g, choices in costs.candidates.items()}
     groups = list(left)
     constant, linear = costs.correction.overhead_ms, {g: np.zeros(len(w)) for g, w in left.items()}
-    for surface in costs.surfaces:
-        here = _at(surface, now, now)
+    for one in costs.surfaces:
+        here = _at(one, now, now)
         constant += here
-        for g, _ in surface.layer.out_width.terms:
-            linear[g] += [_at(surface, now, {**now, g: w}) - here for w in left[g]]
+        for g, _ in one.layer.out_width.terms:
+            linear[g] += [_at(one, now, {**now, g: w}) - here for w in left[g]]
     values = tuple(kept_value(scores[g], left[g]) for g in groups)
     terms = tuple(Term((n,), linear[g]) for n, g in enumerate(groups))
     problem = Problem(values, (Cost("linearised latency", terms, (), constant),), ())
@@ -82,10 +86,10 @@ def _step(costs: Costs, scores: Importance, now: Units, budget_ms: float) -> Uni
     return {g: left[g][c] for g, c in zip(groups, found.choice, strict=True)}
 
 
-def _at(surface: Surface, ins: Units, outs: Units) -> float:
-    layer = surface.layer
+def _at(one: Surface, ins: Units, outs: Units) -> float:
+    layer = one.layer
     in_ch = size(layer.in_width, outs if follows_input(layer) else ins)
-    return layer_ms(surface, in_ch, size(layer.out_width, outs))
+    return layer_ms(one, in_ch, size(layer.out_width, outs))
 
 
 # ---- greedy --------------------------------------------------------------------------------------------------
@@ -164,3 +168,43 @@ def _given(parts: list[Term | Sum], choice: list[int], g: int, choices: int) -> 
         at = np.arange(choices) if part.b == g else np.full(choices, choice[part.b] if part.b >= 0 else 0)
         total += part.base[at] + part.slope[at] * (rest + own)
     return total
+
+
+# ---- multiply-adds -------------------------------------------------------------------------------------------
+
+
+def by_macs(costs: Costs, scores: Importance, budget_ms: float, limits: Sequence[Limit] = ()) -> Plan:
+    """Chosen by multiply-adds, at as many of them as the latency allows: see `Allocator`.
+
+    The same values and the same exact solver; what a channel costs is counted instead of measured.
+    """
+    counted = in_macs(costs)
+    low, high = counted.predict_ms(allocate.floor(counted).widths), counted.predict_ms(counted.dense)
+    best = allocate.floor(costs)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        plan = allocate.solve(counted, scores, middle)
+        fits = costs.predict_ms(plan.widths) <= budget_ms
+        low, high = (middle, high) if fits else (low, middle)
+        if fits and value_of(scores, plan.widths) > value_of(scores, best.widths):
+            best = plan
+    return replace(best, predicted_ms=costs.predict_ms(best.widths), dense_ms=costs.predict_ms(costs.dense))
+
+
+def in_macs(costs: Costs) -> Costs:
+    """Millions of multiply-adds in the place of milliseconds."""
+    layers = [s.layer for s in costs.surfaces if s.layer.macs]
+    entries: dict[LayerShape, Timing] = {}
+
+    def surfaces() -> tuple[Surface, ...]:
+        return tuple(surface(LatencyTable(COUNTED, entries, IDENTITY), layer, costs.candidates) for layer in layers)
+
+    while missing := {shape: one.layer for one in surfaces() for shape in wanted(one)}:
+        entries |= {shape: Timing(*[_millions(layer, shape)] * 3, 1, (), 0.0) for shape, layer in missing.items()}
+    return replace(costs, surfaces=surfaces())
+
+
+def _millions(layer: Layer, shape: LayerShape) -> float:
+    full = layer.shape
+    share = shape.in_ch * shape.out_ch / shape.conv_groups / (full.in_ch * full.out_ch / full.conv_groups)
+    return layer.macs * share / 1e6

@@ -4,17 +4,18 @@
     python benchmarks/strategies.py --data DIR --fit        carry them all to the measured latency: needs a quiet one
     python benchmarks/strategies.py --data DIR              train and judge what has been carried there
     python benchmarks/strategies.py --data DIR --latency    time the networks of all results, in one session
-    python benchmarks/strategies.py --data DIR --fronts     judge the genetic searches' fronts on the final images
+    python benchmarks/strategies.py --data DIR --fronts     judge fronts, genetic and random, on the final images
     python benchmarks/strategies.py --data DIR --rates      evaluations a minute with one and with two workers
     python benchmarks/strategies.py --table                 the tables of what there is
 
 Arms: uniform, knapsack, magnitude and soft, which give one plan for all seeds; random, one draw a seed; and four that
 judge the same number of different networks on images of the search split, anew for each seed: rl, rl with rate 0 (the
 same samples without learning), random-search, genetic. Before a candidate is judged its batch norm is re-estimated on
-256 images. knapsack-ce is the knapsack's plan, trained on labels alone. Accuracy is of the final half of the test
-images, with batch norm re-estimated on 1,024 images, and after the same short training with distillation. Every piece
-is kept, and one that was stopped goes on. The table's correction is measured once and kept, so that a search that goes
-on has the same costs.
+256 images. knapsack-macs prices channels by multiply-adds, as many of them as the latency allows; knapsack-ce is the
+knapsack's plan, trained on labels alone; channels-* are its widths with channels ranked otherwise. Accuracy is of the
+final half of the test images, with batch norm re-estimated on 1,024 images, and after the same short training with
+distillation. Every piece is kept, and one that was stopped goes on. The table's correction is measured once and kept,
+so that a search that goes on has the same costs.
 """
 
 from __future__ import annotations
@@ -23,18 +24,19 @@ import argparse
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import arms
 import cifar10
 import numpy as np
 import record
+import strategies_fronts as fronts
 import strategies_tables as tables
 import torch
 from cifar10 import EXAMPLE, SETTINGS, Case
-from strategies_tables import ARMS, FOLDER, ONCE, PLAIN, TRIED
+from strategies_tables import ARMS, BORROWED, FOLDER, MACS, ONCE, PLAIN, SCORED, TRIED
 from strategies_task import Judged, inside, right, short
 
 from edgeprune import allocate, allocators, finetune, importance, measure, search, shaping, surgery
@@ -51,6 +53,7 @@ ROUNDS = 4  # of carrying plans to the measured latency
 SESSION_S = 45.0  # of timing all of them in turn
 SCAN_IMAGES = 250  # by which magnitude's scan judges each layer at each threshold: 240 evaluations of them
 SOFT_STEPS = 150  # of the gradient, half of what is the default: time
+TAYLOR_IMAGES = 2048  # by whose gradients channels are ranked
 DRAWS = 20  # of random widths, judged before training only
 
 
@@ -108,7 +111,7 @@ class Comparison:
             scores = {"scores": {g: s.tolist() for g, s in shape.scores.items()}} if arm == "magnitude" else {}
             subject = self.subject(arm, share, seed, shape.scores)
             return dict(plan.widths), subject.judge(plan.widths, self.options.images), scores
-        plan = allocators.named(arm, seed)(self.costs, self.case.scores, budget_ms)
+        plan = _allocator(arm, seed)(self.costs, self.case.scores, budget_ms, ())
         return dict(plan.widths), subject.judge(plan.widths, self.options.images), {}
 
     def _tried(
@@ -191,7 +194,7 @@ class Comparison:
     def _how(self, arm: str, seed: int, found: Mapping[str, Any]) -> Allocator:
         if arm in TRIED or arm in shaping.NAMES:
             return allocators.to_shares(allocators.shares_of(self.costs, found["widths"]))
-        return allocators.named(arm, seed)
+        return _allocator(arm, seed)
 
     def _timed(self, networks: list[tuple[Mapping[str, int], Mapping[str, Any]]]) -> list[measure.Timing]:
         """The dense network, then these."""
@@ -217,13 +220,15 @@ class Comparison:
         found: Mapping[str, Any] = {}
         plan: dict[str, Any] | None = {"widths": dict(self.costs.dense), "ratio": 1 / share}
         if arm != "dense":
-            source = "knapsack" if arm == PLAIN else arm
+            source = "knapsack" if arm in BORROWED else arm
             at = tables.name(source, share, 0 if source in ONCE else seed)
             plan = record.load(f"{FOLDER}/plans/{at}")
             if plan is None:
                 print(f"{name} has no plan at the measured latency yet: --search and --fit make one", flush=True)
                 return
             found = self.search(source, share, seed)
+        if arm in SCORED:
+            found = {**found, "scores": self._scored(SCORED[arm], seed)}
         trained = self._trained(self.cut(plan["widths"], found), arm, seed)
         result = {
             "arm": arm, "share": share, "seed": seed, "widths": plan["widths"], "ratio": plan["ratio"],
@@ -231,6 +236,12 @@ class Comparison:
         }  # fmt: skip
         record.save(name, result)
         print(f"{name}: {result['accuracy_bn']:.2%} -> {result['accuracy']:.2%}", flush=True)
+
+    def _scored(self, score: str, seed: int) -> Importance:
+        case = self.case
+        batches = case.images.train.batches(SETTINGS.batch_size, shuffle_seed=20_000 + seed, augment=True)
+        some = list(islice(batches, TAYLOR_IMAGES // SETTINGS.batch_size)) if score == "taylor" else ()
+        return importance.score(case.dense, case.graph.groups, score, some, seed)
 
     def _trained(self, module: torch.nn.Module, arm: str, seed: int) -> dict[str, Any]:
         """Accuracy on the final images with batch norm alone and after the short training, and what it gets right."""
@@ -250,27 +261,7 @@ class Comparison:
             "training_seconds": seconds,
         }  # fmt: skip
 
-    # ---- fronts, latencies, rates ----
-
-    def front(self, seed: int) -> None:
-        """The genetic search's front, before training, judged once more on the final images."""
-        share, name = 0.5, f"{FOLDER}/fronts/genetic-0.5-seed{seed}"
-        subject = self.subject("genetic", share, seed)
-        if record.load(name) is not None or not subject.run.has(search.JOURNAL):
-            return
-        plans = []
-        for choice in search.front.read(subject.run.path(f"{search.front.NAME}.json")):
-            module = subject.cut(choice.widths)
-            subject.task.adapt(module)
-            again = finetune.judge(module, self.case.images.final, len(self.case.images.final), 0)
-            plans.append({**asdict(choice), "final_accuracy": again.accuracy, "final_loss": again.loss})
-        corner = (0.9, self.costs.predict_ms(self.costs.dense))  # chance, and the dense latency
-        volumes = {
-            key: search.front.hypervolume(np.array([[1 - p[key], p["predicted_ms"]] for p in plans]), corner)
-            / (corner[0] * corner[1])
-            for key in ("accuracy", "final_accuracy")
-        }
-        record.save(name, {"seed": seed, "plans": plans, "hypervolume": volumes, "corner": corner})
+    # ---- latencies, rates ----
 
     def time_results(self) -> None:
         """All networks in turn, in one session."""
@@ -286,7 +277,7 @@ class Comparison:
             print(f"{name}: {timing.median_ms / dense.median_ms:.3f} of the dense latency", flush=True)
 
     def _search_of(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        return self.search("knapsack" if result["arm"] == PLAIN else result["arm"], result["share"], result["seed"])
+        return self.search("knapsack" if result["arm"] in BORROWED else result["arm"], result["share"], result["seed"])
 
     def rates(self, count: int = 16) -> None:
         """The same candidates judged by one process and by two workers, in turn; answers must be the same."""
@@ -309,8 +300,12 @@ class Comparison:
         record.save(f"{FOLDER}/rates", {"evaluations": count, "images": self.options.images, "per_minute": minutes})
 
 
+def _allocator(arm: str, seed: int) -> Allocator:
+    return arms.by_macs if arm == MACS else allocators.named(arm, seed)
+
+
 def _arms(comparison: Comparison) -> list[str]:
-    return [arm for arm in comparison.options.arms if arm not in ("dense", PLAIN)]
+    return [arm for arm in comparison.options.arms if arm not in ("dense", *BORROWED)]
 
 
 def work(comparison: Comparison, options: argparse.Namespace) -> None:
@@ -327,13 +322,14 @@ def work(comparison: Comparison, options: argparse.Namespace) -> None:
         comparison.rates()
     elif options.fronts:
         for seed in options.seeds:
-            comparison.front(seed)
+            fronts.both(comparison, 0.5, seed)
     else:
         for name in comparison.names():
             comparison.run(*name)
-        for share in options.share if PLAIN in options.arms else ():
-            for seed in options.seeds:
-                comparison.run(PLAIN, share, seed)
+        for arm in BORROWED:
+            for share in options.share if arm in options.arms else ():
+                for seed in options.seeds:
+                    comparison.run(arm, share, seed)
         if "dense" in options.arms:
             for seed in options.seeds:
                 comparison.run("dense", 1.0, seed)
@@ -353,7 +349,7 @@ def main() -> None:
     parser.add_argument("--search", action="store_true", help="find widths for every arm")
     parser.add_argument("--fit", action="store_true", help="carry them to the measured latency")
     parser.add_argument("--latency", action="store_true", help="time the networks of all results in one session")
-    parser.add_argument("--fronts", action="store_true", help="judge the genetic fronts on the final images")
+    parser.add_argument("--fronts", action="store_true", help="judge fronts, genetic and random, on the final images")
     parser.add_argument("--rates", action="store_true", help="evaluations a minute with one and two workers")
     parser.add_argument("--table", action="store_true", help="print the tables of what there is")
     options = parser.parse_args()

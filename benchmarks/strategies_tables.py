@@ -13,12 +13,16 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 FOLDER = "strategies"
-ONCE = ("uniform", "knapsack", "magnitude", "soft")  # one plan for all seeds
+MACS = "knapsack-macs"  # priced by multiply-adds, as many of them as the latency allows
+ONCE = ("uniform", "knapsack", MACS, "magnitude", "soft")  # one plan for all seeds
 TRIED = ("rl", "rl-rate-0", "random-search", "genetic")
 PLAIN = "knapsack-ce"  # the knapsack's plan, trained on labels alone
-ARMS = ("dense", *ONCE, PLAIN, "random", *TRIED)
+SCORED = {"channels-l2": "l2", "channels-taylor": "taylor", "channels-random": "random"}  # its widths, other channels
+BORROWED = (PLAIN, *SCORED)
+ARMS = ("dense", *ONCE, *BORROWED, "random", *TRIED)
 PAIRS = (("rl", "random-search"), ("rl", "rl-rate-0"), ("rl", "uniform"), ("genetic", "random-search"),
-         ("rl", "knapsack"), ("knapsack", "uniform"), ("knapsack", PLAIN))  # fmt: skip
+         ("rl", "knapsack"), ("knapsack", "uniform"), ("knapsack", MACS), ("knapsack", PLAIN),
+         *(("knapsack", other) for other in SCORED))  # fmt: skip
 MARKS = (25, 50, 100, 150, 200, 300)  # evaluations after which the best so far is noted
 
 
@@ -135,16 +139,15 @@ def _right(result: Mapping[str, Any]) -> NDArray[np.bool_]:
 
 
 def fronts() -> str:
-    """Accuracies before training of what a genetic search offers, where it was chosen and where it was not."""
-    found = results("fronts").values()
+    """Accuracies before training of plans for all latencies, on the images they were chosen by and on others."""
     rows = []
-    for r in found:
+    for r in results("fronts").values():
         gaps = [100 * (p["accuracy"] - p["final_accuracy"]) for p in r["plans"]]
-        volumes = [f"{r['hypervolume'][key]:.3f}" for key in ("accuracy", "final_accuracy")]
-        rows.append(
-            [str(r["seed"]), str(len(gaps)), *volumes, f"{np.mean(gaps):.1f} ({min(gaps):.1f} to {max(gaps):.1f})"]
-        )
-    header = ["seed", "plans on the front", "hypervolume, search images", "final images", "accuracy lost, points"]
+        volumes = [f"{r[key]:.4f}" for key in ("accuracy", "final_accuracy")]
+        lost = f"{np.mean(gaps):.1f} ({min(gaps):.1f} to {max(gaps):.1f})"
+        rows.append([r["arm"], str(r["seed"]), str(r["evaluations"]), str(len(gaps)), *volumes, lost])
+    header = ["networks", "seed", "judged", "plans on the front", "hypervolume, search images", "final images",
+              "accuracy lost, points"]  # fmt: skip
     return record.table(header, rows) if rows else ""
 
 

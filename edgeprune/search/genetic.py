@@ -42,12 +42,17 @@ def search(trying: Trying, settings: GeneticSection, seed: int) -> Candidate:
         UsageError: pymoo is not installed.
     """
     space, draw = trying.space, np.random.Generator(np.random.PCG64(seed))
-    size = settings.population or min(MOST, max(4, trying.evaluations // 20))
+    size = settings.population or population(trying.evaluations)
     keep = max(1, round(LAST * trying.evaluations))
     first = beginning(trying, settings, size, draw)
     evolve = _nsga2 if settings.mode == "nsga2" else _scored
     evolve(trying, first, keep, settings, seed)
     return _at_the_budget(trying, space)
+
+
+def population(evaluations: int) -> int:
+    """Networks a generation, unless the settings say."""
+    return min(MOST, max(4, evaluations // 20))
 
 
 def beginning(trying: Trying, settings: GeneticSection, size: int, draw: np.random.Generator) -> list[Genome]:
