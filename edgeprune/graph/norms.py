@@ -7,9 +7,10 @@ is exact.
 
 from __future__ import annotations
 
-from .labels import FIXED, Label, Labels, along
+from .labels import Label, Labels, along
 from .recording import Op, Ref
 from .run import Run, arguments, as_axis, channel_ids, dims_of, ids_along
+from .unions import FIXED
 
 EXACT_SUMS = ("sum", "linalg_vector_norm", "norm")
 

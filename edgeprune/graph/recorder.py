@@ -52,7 +52,9 @@ class Recorder(TorchDispatchMode):
         self._path = ""
         self._undo: list[Callable[[], None]] = []
         self._wrap(model)
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        parameters = dict(model.named_parameters())
+        self.recording.parameters = tuple(parameters)
+        for name, tensor in [*parameters.items(), *model.named_buffers()]:
             ref = self._refs_of.get(id(tensor)) or self._new(tensor, "state", name)
             self.recording.state[name] = ref.value
 

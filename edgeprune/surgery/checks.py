@@ -32,6 +32,8 @@ def check(model: nn.Module, graph: ModelGraph, keep: Keep) -> tuple[Block, ...]:
 def dropped_blocks(graph: ModelGraph, keep: Keep) -> tuple[Block, ...]:
     """The blocks that `keep` drops: those whose groups are all empty."""
     empty = {group for group, units in keep.items() if not units}
+    if not empty:
+        return ()
     dropped = tuple(b for b in graph.blocks if set(b.groups) <= empty)
     left = empty - {g for b in dropped for g in b.groups}
     if left:
