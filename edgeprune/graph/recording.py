@@ -78,6 +78,7 @@ class Recording:
     parameters: tuple[str, ...] = ()  # the names in `state` that are parameters
     reads: dict[int, str] = field(default_factory=dict)  # op index -> where a scalar was read from data
     training: bool = False
+    with_data: bool = False  # whether the tensors that depend on the input had data
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
