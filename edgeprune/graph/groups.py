@@ -140,10 +140,11 @@ def _roles(slices: Slices, unions: Unions, roles: Sequence[tuple[Ids, str]]) -> 
 def _group(slices: Slices, members: Ids, role_of: RoleOf, inexact: str) -> ChannelGroup:
     width, per_unit = len(members), int(slices.size[members[0]])
     at = slices.first[members][:, None] + np.arange(per_unit)  # (width, slices a unit)
+    table, axes = slices.position[at], slices.axis[at[0]]  # (width, slices a unit), (slices a unit,) ascending
+    first = np.flatnonzero(np.diff(axes, prepend=-1)).tolist()
     positions: dict[int, Ids] = {}
-    for leader in np.unique(slices.axis[at[0]]).tolist():
-        columns = slices.position[at[:, slices.axis[at[0]] == leader]]  # (width, slices of this axis a unit)
-        positions |= dict.fromkeys(slices.followers[leader], columns)
+    for begin, end in zip(first, [*first[1:], per_unit], strict=True):
+        positions |= dict.fromkeys(slices.followers[int(axes[begin])], table[:, begin:end])
     made = []
     for number in sorted(positions):
         axis, where = slices.axes[number], positions[number]

@@ -121,7 +121,8 @@ class Ledger:
         for label in others:
             if label.ids is not merged:
                 self.unite(merged, label.ids, reason)
-                merged = self.ids.known(merged, label.ids)
+                whole = self.ids.whole(merged) is not None and merged.shape == label.ids.shape
+                merged = merged if whole else self.ids.simpler(np.maximum(merged, label.ids), label.ids)
         self.beside += [(label, merged) for label in narrow]
         apart = [shape for owner, (_, shape) in enumerate(operands) if owner not in owners]
         fixed = [axis for axis in axes if any(shape[axis] > 1 for shape in apart)]

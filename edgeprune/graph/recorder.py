@@ -36,6 +36,10 @@ class _Kind:
 class Recorder(TorchDispatchMode):
     """Numbers tensors as they appear and appends an `Op` for each call."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # PyTorch would wrap the dispatch in what takes as long as the rest of it
+
     def __init__(
         self,
         model: nn.Module,

@@ -71,12 +71,10 @@ class Unions:
             self._links.append((a, b))
         return ranges
 
-    def known(self, a: Ids, b: Ids) -> Ids:
-        """The ids of united positions: of the later of both, and of the other where one is FIXED."""
-        one, other = self.whole(a), self.whole(b)
-        if one is None or other is None or a.shape != b.shape:
-            return np.maximum(a, b)
-        return a if one > other else b
+    def simpler(self, a: Ids, b: Ids) -> Ids:
+        """Of united positions the ids `a`, or `b` where those are a whole range and `a` has nothing FIXED."""
+        better = self.whole(a) is None and a.shape == b.shape and self.whole(b) is not None and (a >= 0).all()
+        return b if better else a
 
     def classes(self) -> Ids:
         """The class of each id, shape (count,): ids of one class go together."""
@@ -102,13 +100,15 @@ def _joined(classes: Ids, links: Sequence[Pair]) -> Ids:
     b = np.concatenate([y.reshape(-1) for _, y in links])
     both = (a >= 0) & (b >= 0)
     a, b = classes[a[both]], classes[b[both]]
-    apart = a != b
-    touched, at = np.unique(np.concatenate([a[apart], b[apart]]), return_inverse=True)
-    half = len(at) // 2
-    graph = csr_matrix((np.ones(half), (at[:half], at[half:])), shape=(len(touched), len(touched)))
+    a, b = a[a != b], b[a != b]
+    count = int(classes.max(initial=-1)) + 1
+    touched = np.zeros(count, dtype=bool)
+    touched[a] = touched[b] = True
+    names = np.flatnonzero(touched)
+    at = np.cumsum(touched) - 1
+    graph = csr_matrix((np.ones(len(a)), (at[a], at[b])), shape=(len(names), len(names)))
     component = connected_components(graph, directed=False)[1]
-    lowest = touched[np.unique(component, return_index=True)[1]]
-    table = np.arange(int(classes.max(initial=-1)) + 1)
-    table[touched] = lowest[component]
+    table = np.arange(count)
+    table[names] = names[np.unique(component, return_index=True)[1]][component]  # the lowest class of each
     joined: Ids = table[classes]
     return joined
