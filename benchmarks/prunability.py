@@ -3,7 +3,7 @@
     python benchmarks/prunability.py                       every network that is not in benchmarks/results yet
     python benchmarks/prunability.py --only resnet,swin    a part of them
     python benchmarks/prunability.py --all-groups          check every group one by one in float64, not a sample
-    python benchmarks/prunability.py --seconds             time both tools again where they finish, check nothing
+    python benchmarks/prunability.py --seconds             time both tools where they finish, check nothing
     python benchmarks/prunability.py --table               the tables alone
 
 Each network is built in a child process, and each tool works on it in a child of that, under a memory and a time limit.
@@ -14,11 +14,16 @@ dropped, each against the masked dense network, in float32, and in float64 where
 
 Torch-Pruning 1.6.1: the dependency graph and one step at ratio 0.5 with random importance (timed), told which layers
 make the outputs. "wrong": the pruned network does not run, or its outputs have another shape. "limit": it was stopped.
+
+`--seconds` times both in one process, turn and turn about on one network, and keeps the least of up to three runs of
+each (one where a round takes longer than 2 s). It goes on where it was stopped; `--again` begins anew. What it finds
+lies in results/prunability-seconds.json and goes before the seconds of the first run in every table.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -28,7 +33,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,57 +44,81 @@ LIMIT_S = {"edgeprune": 200, "torch-pruning": 20}  # processor seconds; edgeprun
 WALL_S = 1200.0
 TOLERANCE = 1e-5
 RESULT = "prunability"
+SECONDS = "prunability-seconds"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="parts of names, comma-separated")
     parser.add_argument("--all-groups", action="store_true")
-    parser.add_argument("--seconds", action="store_true", help="time again what has a result")
-    parser.add_argument("--again", action="store_true", help="run what --only names even if there is a result")
+    parser.add_argument("--seconds", action="store_true", help="time what has a result")
+    parser.add_argument("--again", action="store_true", help="even if there is a result")
     parser.add_argument("--tool", choices=[*LIMIT_S], help="one tool alone")
     parser.add_argument("--result", default=RESULT, help="name of the file in benchmarks/results")
     parser.add_argument("--table", action="store_true")
     chosen = parser.parse_args()
     content = record.load(chosen.result) or {"limit_s": LIMIT_S, "memory_bytes": MEMORY_BYTES, "networks": {}}
-    if not chosen.table:
-        _run(content, chosen)
     networks = content["networks"]
+    if chosen.seconds:
+        _time(networks, chosen)
+    elif not chosen.table:
+        _run(content, chosen)
+    for name, found in (record.load(SECONDS) or {"networks": {}})["networks"].items():
+        networks[name] = networks.get(name, {}) | {"timed": found}
     print(summary(networks), end="\n\n")
     print(misses(networks), end="\n\n")
     print(everything(networks))
 
 
 def _run(content: dict[str, Any], chosen: argparse.Namespace) -> None:
-    record.declare_torchvision_operators()
-    import prunability_models
-    import timm  # noqa: F401  children are forked: what is imported here is imported once
-    import torch
-    import torch_pruning  # noqa: F401
-
-    torch.set_num_threads(1)
-    _warm()
-    for case in prunability_models.cases():
+    for case in _prepared():
         row = content["networks"].get(case.name, {"kind": case.kind})
         tools = [t for t in ([chosen.tool] if chosen.tool else LIMIT_S) if t not in row or chosen.again]
-        if chosen.seconds:
-            tools = [t for t in LIMIT_S if {"trace_s", "seconds"} & row.get(t, {}).keys()]
-        if not tools or not any(part in case.name for part in chosen.only.split(",")):
+        if not tools or not _named(case.name, chosen):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            checks = "none" if chosen.seconds else "all" if chosen.all_groups else "some"
+            checks = "all" if chosen.all_groups else "some"
             _in_child(_network, case, tools, checks, Path(folder))
-            found = {t: json.loads((Path(folder) / t).read_text()) for t in tools if (Path(folder) / t).exists()}
-            row |= {t: row[t] | _seconds(f) for t, f in found.items()} if chosen.seconds else found
+            row |= {t: json.loads((Path(folder) / t).read_text()) for t in tools if (Path(folder) / t).exists()}
         content["networks"][case.name] = row
         content["limit_s"] = LIMIT_S
         record.save(chosen.result, {k: v for k, v in content.items() if k not in ("machine", "at")})
         print(case.name, json.dumps(row)[:500], flush=True)
 
 
-def _seconds(found: dict[str, Any]) -> dict[str, Any]:
-    """The times alone: the rest stays as it was found with checks."""
-    return {key: found[key] for key in ("trace_s", "cut_s", "seconds") if key in found}
+def _time(networks: dict[str, Any], chosen: argparse.Namespace) -> None:
+    """Time both tools where they finish."""
+    timed = {} if chosen.again else (record.load(SECONDS) or {"networks": {}})["networks"]
+    for case in _prepared():
+        row = networks.get(case.name, {})
+        tools = [t for t in LIMIT_S if {"trace_s", "seconds"} & row.get(t, {}).keys()]
+        if "edgeprune" not in tools or case.name in timed or not _named(case.name, chosen):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "seconds"
+            _in_child(_network_seconds, case, row["edgeprune"]["input"], tools, path)
+            timed[case.name] = json.loads(path.read_text()) if path.exists() else {}
+        record.save(SECONDS, {"networks": timed})
+        print(case.name, json.dumps(timed[case.name]), flush=True)
+
+
+def _named(name: str, chosen: argparse.Namespace) -> bool:
+    return any(part in name for part in chosen.only.split(","))
+
+
+def _prepared() -> Iterator[Any]:
+    """The networks, after everything that is loaded on first use: children are forked, and find it there."""
+    record.declare_torchvision_operators()
+    import prunability_models
+    import timm  # noqa: F401
+    import torch
+    import torch_pruning  # noqa: F401
+
+    torch.set_num_threads(1)
+    _warm()
+    gc.collect()
+    gc.freeze()  # no tool pays for what the other one, or the imports, left behind
+    return prunability_models.cases()
 
 
 def _warm() -> None:
@@ -119,6 +148,15 @@ def _network(case: Any, tools: Sequence[str], checks: str, folder: Path) -> None
         found = _watched(tool, model, example, checks, folder / f"{tool}.part")
         (folder / f"{tool}.done").write_text(json.dumps(found))
         (folder / f"{tool}.done").replace(folder / tool)
+
+
+def _network_seconds(case: Any, shapes: list[list[int]], tools: Sequence[str], path: Path) -> None:
+    import prunability_child
+    import prunability_models
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    model, example = prunability_models.build(case, shapes[0][-1] if shapes else None)
+    path.write_text(json.dumps(prunability_child.timed(tools, model, example)))
 
 
 def _watched(tool: str, model: Any, example: Any, checks: str, path: Path) -> dict[str, Any]:
@@ -173,13 +211,13 @@ def passes(row: dict[str, Any]) -> bool:
 
 
 def seconds(row: dict[str, Any]) -> float | None:
-    found = row.get("edgeprune", {})
+    found = row.get("timed", {}).get("edgeprune") or row.get("edgeprune", {})
     return found["trace_s"] + found["cut_s"] if "trace_s" in found else None
 
 
 def theirs_s(row: dict[str, Any]) -> float:
     """Torch-Pruning's seconds: its limit where it was stopped, 0 where it crashed."""
-    found = row.get("torch-pruning", {})
+    found = row.get("torch-pruning", {}) | row.get("timed", {}).get("torch-pruning", {})
     return float(LIMIT_S["torch-pruning"] if found.get("outcome") == "limit" else found.get("seconds", 0.0))
 
 
@@ -204,7 +242,7 @@ def _summed(kind: str, rows: Sequence[dict[str, Any]]) -> list[str]:
     outcomes = [sum(1 for t in theirs if t.get("outcome") in names) for names in (
         ("runs", "cuts nothing"), ("wrong",), ("crash",), ("limit",))]  # fmt: skip
     took = [s for row in rows if (s := seconds(row)) is not None]
-    tp_took = [t["seconds"] for t in theirs if "seconds" in t]
+    tp_took = [theirs_s(row) for row in rows if "seconds" in row.get("torch-pruning", {})]
     ratios = [theirs_s(row) / s for row in rows if (s := seconds(row)) is not None and theirs_s(row)]
     return [
         kind, str(len(ours)), str(sum(map(passes, rows))), f"{max(deviations, default=0.0):.1e}",
@@ -240,7 +278,7 @@ def everything(networks: dict[str, Any]) -> str:
 
 def _full(name: str, row: dict[str, Any]) -> list[str]:
     found, theirs = row.get("edgeprune", {}), row.get("torch-pruning", {})
-    took, tp_took = seconds(row), theirs.get("seconds")
+    took, tp_took = seconds(row), theirs_s(row) if "seconds" in theirs else None
     if "deviation" not in found:
         cells = ["-", found.get("outcome", "-"), "-", "-", "-", "-"]
     else:
@@ -249,8 +287,8 @@ def _full(name: str, row: dict[str, Any]) -> list[str]:
             f"{found['prunable']:.1%}", f"{found['groups']} ({found['inexact_groups']})",
             f"{found['checked']} of {found['exact']}",
         ]  # fmt: skip
-    ending = [theirs.get("outcome", "-"), "-" if tp_took is None else f"{tp_took:.2f}"]
-    return [name, *cells, "-" if took is None else f"{took:.2f}", *ending]
+    ending = [theirs.get("outcome", "-"), "-" if tp_took is None else f"{tp_took:.3f}"]
+    return [name, *cells, "-" if took is None else f"{took:.3f}", *ending]
 
 
 if __name__ == "__main__":

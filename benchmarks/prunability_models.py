@@ -92,8 +92,9 @@ def cases() -> Iterator[Case]:
     yield from (Case(f"torchvision:{name}", "torchvision classification") for name in LAST)
 
 
-def build(case: Case) -> tuple[nn.Module, Any]:
-    """The network in evaluation mode and one example input."""
+def build(case: Case, known: int | None = None) -> tuple[nn.Module, Any]:
+    """The network in evaluation mode and one example input; `known` is the smallest size of image, if it is known."""
+    sizes = SIZES if known is None else [known]
     torch.manual_seed(0)
     origin, _, name = case.name.partition(":")
     if origin == "awkward":
@@ -106,14 +107,14 @@ def build(case: Case) -> tuple[nn.Module, Any]:
 
         model = timm.create_model(name).eval()
         size = model.default_cfg["input_size"][-1]
-        return _on_smallest(model, [size] if model.default_cfg.get("fixed_input_size") else [*SIZES, size])
+        return _on_smallest(model, [size] if model.default_cfg.get("fixed_input_size") else [*sizes, size])
     from torchvision import models
 
     if case.kind == "torchvision detection":
         whole = models.get_model(name, weights=None, weights_backbone=None).eval()
-        return _on_smallest(RawDetector(whole), [128, 320])
+        return _on_smallest(RawDetector(whole), [128, 320] if known is None else sizes)
     extra = {"weights_backbone": None} if case.kind == "torchvision segmentation" else {}
-    return _on_smallest(models.get_model(name, weights=None, **extra).eval(), SIZES)
+    return _on_smallest(models.get_model(name, weights=None, **extra).eval(), sizes)
 
 
 def _on_smallest(model: nn.Module, sizes: Any) -> tuple[nn.Module, Tensor]:

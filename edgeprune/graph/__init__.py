@@ -9,8 +9,10 @@ what must go together into channel groups; `layers` lists what a latency table h
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -22,11 +24,13 @@ from ..records import Block, ChannelGroup, FrozenChannels, Keep, Layer, Width
 from . import blocks as blocking
 from . import groups as grouping
 from . import layers as layering
-from .labels import Ids, Labels, Ledger
+from .labels import Labels
+from .ledger import Ledger
 from .record import Example, as_call, record
 from .recording import Recording, Ref
 from .rules import has_rule, run_labels
 from .run import Run, StateAxis
+from .unions import Ids
 
 __all__ = ["Example", "ModelGraph", "Trace", "as_call", "trace"]
 
@@ -37,11 +41,18 @@ KERNEL = "positions of a convolution kernel"
 class Trace:
     """The recording with the class of every position: what surgery needs besides the groups."""
 
-    recording: Recording
-    labels: dict[int, Labels]  # by value number
+    run: Run  # the recording, and the labels of its values
     axes: tuple[StateAxis, ...]
     classes: Ids  # class of each id, (ids,)
     units: dict[str, Ids]  # group -> class of each unit, (width,)
+
+    @property
+    def recording(self) -> Recording:
+        return self.run.recording
+
+    @property
+    def labels(self) -> dict[int, Labels]:
+        return self.run.labels
 
     def kept(self, keep: Keep) -> NDArray[np.bool_]:
         """Whether each id stays under `keep`, (ids,)."""
@@ -58,23 +69,45 @@ class ModelGraph:
 
     groups: tuple[ChannelGroup, ...]
     frozen: tuple[FrozenChannels, ...]
-    layers: tuple[Layer, ...]
-    blocks: tuple[Block, ...]
-    fingerprint: str  # of the structure: plans made for another network are refused
     total_params: int
     prunable_params: int
     prunable_weights: int  # of the convolution and linear weights
     total_weights: int
-    total_macs: int
-    prunable_macs: int  # of layers whose input or output can be cut
     notes: tuple[str, ...]
     example: Example
     trace: Trace
 
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """What a latency table has to know, in the order it runs."""
+        return tuple(layering.extract(self.trace.run, _widths(self.trace, self.groups)))
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """Residual branches that can be dropped whole."""
+        return tuple(blocking.find(self.trace.run, self.groups, self.layers))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the structure: plans made for another network are refused."""
+        return _fingerprint(self.groups, self.trace.recording.shapes)
+
+    @cached_property
+    def total_macs(self) -> int:
+        return sum(layer.macs for layer in self.layers)
+
+    @cached_property
+    def prunable_macs(self) -> int:
+        """Of layers whose input or output can be cut."""
+        return sum(x.macs for x in self.layers if x.in_width.terms or x.out_width.terms)
+
+    @cached_property
+    def _by_id(self) -> dict[str, ChannelGroup]:
+        return {group.id: group for group in self.groups}
+
     def group(self, group_id: str) -> ChannelGroup:
-        for group in self.groups:
-            if group.id == group_id:
-                return group
+        if group_id in self._by_id:
+            return self._by_id[group_id]
         names = ", ".join(g.id for g in self.groups[:8])
         raise SurgeryError(f"no channel group is called {group_id!r}; this network has {names} ...")
 
@@ -99,7 +132,7 @@ def trace(model: nn.Module, example: Example, frozen: Sequence[str] = ()) -> Mod
         _freeze_module(run, name)
     if not run.state_axes:
         raise TraceError(f"{type(model).__name__} has no parameters that its forward pass uses: nothing to prune")
-    return _assemble(model, example, run, notes)
+    return _assemble(example, run, notes)
 
 
 def _keep_outputs(run: Run) -> None:
@@ -116,8 +149,10 @@ def _leaves(tree: object) -> list[Ref]:
 def _training_branches(model: nn.Module, example: Example, run: Run) -> list[str]:
     """Record the training-mode forward too when it uses parameters that evaluation does not (auxiliary heads)."""
     used = {a.name for a in run.state_axes}
-    unused = [n for n, p in model.named_parameters() if p.is_floating_point() and max(p.shape, default=1) > 1]
-    unused = [n for n in unused if n not in used]
+    known = {name: run.recording.values[run.recording.state[name]] for name in run.recording.parameters}
+    unused = [
+        n for n, p in known.items() if n not in used and p.dtype.is_floating_point and max(p.shape, default=1) > 1
+    ]
     if not unused:
         return []
     try:
@@ -154,38 +189,36 @@ def _freeze_module(run: Run, name: str) -> None:
 # ---- putting it together -------------------------------------------------------------------------------------
 
 
-def _assemble(model: nn.Module, example: Example, run: Run, notes: list[str]) -> ModelGraph:
+def _assemble(example: Example, run: Run, notes: list[str]) -> ModelGraph:
     ledger, axes = run.ledger, tuple(run.state_axes)
     classes = ledger.settle_grids()
-    groups, units, frozen = grouping.build(ledger, classes, axes, run.roles)
-    owner = np.full(int(classes.max()) + 1, -1)  # class -> number of its group
-    for number, unit_classes in enumerate(units):
-        owner[unit_classes] = number
-    parameters = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    shapes = parameters | {n: tuple(b.shape) for n, b in model.named_buffers()}
-    prunable = grouping.prunable(axes, owner[classes] >= 0, shapes)
+    groups, units, frozen = grouping.build(ledger, axes, run.roles)
+    free = np.zeros(int(classes.max()) + 1, dtype=bool)
+    for unit_classes in units:
+        free[unit_classes] = True
+    shapes, parameters = run.recording.shapes, set(run.recording.parameters)
+    prunable = grouping.prunable(axes, free[classes], shapes)
     weights = {a.name for a in axes if a.name in parameters and len(shapes[a.name]) > 1}
-    layers = layering.extract(run, _widths(owner, classes, groups))
     return ModelGraph(
         groups=tuple(groups),
         frozen=tuple(f for f in frozen if not f.reason.startswith(KERNEL)),
-        layers=tuple(layers),
-        blocks=tuple(blocking.find(run, groups, layers)),
-        fingerprint=_fingerprint(groups, shapes),
-        total_params=sum(int(np.prod(s)) for s in parameters.values()),
+        total_params=sum(math.prod(shapes[n]) for n in parameters),
         prunable_params=sum(prunable[n] for n in parameters),
         prunable_weights=sum(prunable[n] for n in weights),
-        total_weights=sum(int(np.prod(shapes[n])) for n in weights),
-        total_macs=sum(layer.macs for layer in layers),
-        prunable_macs=sum(x.macs for x in layers if x.in_width.terms or x.out_width.terms),
+        total_weights=sum(math.prod(shapes[n]) for n in weights),
         notes=tuple(notes),
         example=example,
-        trace=Trace(run.recording, run.labels, axes, classes, {g.id: u for g, u in zip(groups, units, strict=True)}),
+        trace=Trace(run, axes, classes, {g.id: u for g, u in zip(groups, units, strict=True)}),
     )
 
 
-def _widths(owner: Ids, classes: Ids, groups: Sequence[ChannelGroup]) -> layering.WidthOf:
-    def width_of(ids: NDArray[np.int64]) -> Width:
+def _widths(trace: Trace, groups: Sequence[ChannelGroup]) -> layering.WidthOf:
+    classes = trace.classes
+    owner = np.full(int(classes.max()) + 1, -1)  # class -> number of its group
+    for number, group in enumerate(groups):
+        owner[trace.units[group.id]] = number
+
+    def width_of(ids: Ids) -> Width:
         owners = np.where(ids >= 0, owner[classes[ids]], -1)
         numbers, counts = np.unique(owners, return_counts=True)
         fixed = int(counts[numbers < 0].sum())
@@ -195,7 +228,7 @@ def _widths(owner: Ids, classes: Ids, groups: Sequence[ChannelGroup]) -> layerin
     return width_of
 
 
-def _fingerprint(groups: Sequence[ChannelGroup], shapes: dict[str, tuple[int, ...]]) -> str:
+def _fingerprint(groups: Sequence[ChannelGroup], shapes: Mapping[str, tuple[int, ...]]) -> str:
     digest = hashlib.sha256()
     for name, shape in sorted(shapes.items()):
         digest.update(f"{name}{shape}".encode())

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from .labels import Ids, Label, Labels, Operand, Shape, along, any_zero
+from .labels import Label, Labels, Operand, Shape, along, any_zero
 from .recording import Op, Ref
 from .run import Run, arguments, as_axis, channel_ids, ids_along, single_along
+from .unions import Ids
 
 
 def conv(run: Run, op: Op) -> list[Labels]:

@@ -4,15 +4,57 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import TraceError
 
 CUSTOM = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")  # how a class may copy itself
 TABLES = ("_parameters", "_buffers", "_modules")
-PLAIN = (int, float, str, bool, type(None), type)
+PLAIN = frozenset([int, float, str, bool, type(None), type])
+EMPTY = frozenset([dict, OrderedDict, set])
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Every module, parameter and buffer of a network once, under PyTorch's name for it."""
+
+    modules: dict[str, nn.Module]
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        return self.parameters | self.buffers
+
+
+def parts(model: nn.Module) -> Parts:
+    """What `named_modules`, `named_parameters` and `named_buffers` say, in a single walk."""
+    modules: dict[str, nn.Module] = {}
+    found = Parts(modules, {}, {})
+    seen: set[int] = set()
+
+    def visit(path: str, module: nn.Module) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        modules[path] = module
+        dot = f"{path}." if path else ""
+        for table, known in ((module._parameters, found.parameters), (module._buffers, found.buffers)):
+            for key, tensor in table.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    known[dot + key] = tensor
+        for key, child in module._modules.items():
+            if child is not None:
+                visit(dot + key, child)
+
+    visit("", model)
+    return found
 
 
 def without_weights(model: nn.Module) -> nn.Module:
@@ -21,9 +63,18 @@ def without_weights(model: nn.Module) -> nn.Module:
     Raises:
         TraceError: the network holds something that cannot be copied.
     """
-    memo: dict[int, Any] = {id(p): p for p in model.parameters()}
+    return with_tensors(model, {id(p): p for p in model.parameters()})
+
+
+def with_tensors(model: nn.Module, instead: Mapping[int, Tensor]) -> nn.Module:
+    """A copy of the modules with other tensors in the place of some, by their id().
+
+    Raises:
+        TraceError: the network holds something that cannot be copied.
+    """
+    memo: dict[int, Any] = dict(instead)
     try:
-        if all(_is_plain(type(module)) for module in model.modules()):
+        if all(_is_plain(kind) for kind in {type(module) for module in model.modules()}):
             return _copied(model, memo)
         return copy.deepcopy(model, memo)
     except Exception as error:  # a user's module may hold anything
@@ -31,6 +82,16 @@ def without_weights(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); edgeprune never changes "
             "your model, it works on copies. Remove what cannot be copied (open files, locks, cached tensors)."
         ) from error
+
+
+def switch(model: nn.Module, training: bool) -> nn.Module:
+    """What `model.train(training)` does, in less time where no module has a `train` of its own."""
+    modules = list(model.modules())
+    if any(type(m).train is not nn.Module.train or isinstance(m, torch.jit.ScriptModule) for m in modules):
+        return model.train(training)
+    for module in modules:
+        vars(module)["training"] = training
+    return model
 
 
 def _is_plain(kind: type) -> bool:
@@ -49,23 +110,28 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for module in modules:
         made = memo[id(module)].__dict__
         for key, value in module.__dict__.items():
-            empty = type(value) in (dict, OrderedDict, set) and not value
-            made[key] = type(value)() if empty else _value(key, value, memo)
+            kind = type(value)
+            if kind in PLAIN:
+                made[key] = value
+            elif kind in EMPTY and not value:
+                made[key] = kind()
+            else:
+                made[key] = _value(key, value, memo)
     copied: nn.Module = memo[id(model)]
     return copied
 
 
 def _value(key: str, value: Any, memo: dict[int, Any]) -> Any:
-    if isinstance(value, PLAIN):
-        return value
     if key in TABLES and type(value) is dict:
         return {name: _entry(item, memo) for name, item in value.items()}
+    if type(value) is tuple and all(type(item) in PLAIN for item in value):
+        return value
     return copy.deepcopy(value, memo)
 
 
 def _entry(item: Any, memo: dict[int, Any]) -> Any:
-    if id(item) in memo:
-        return memo[id(item)]
+    if item is None or id(item) in memo:
+        return memo.get(id(item))
     if type(item) is Tensor and item.is_leaf:
         memo[id(item)] = item.detach().clone().requires_grad_(item.requires_grad)
         return memo[id(item)]

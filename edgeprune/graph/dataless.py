@@ -48,8 +48,9 @@ class Dataless:
         if not from_input:
             args, kwargs = self._hollow((args, kwargs), self.device, tensors=False)
             return func(*args, **kwargs)
-        mutable, pure, shape_of = _facts(func)
-        if mutable and _writes_to_data(func, args, kwargs):
+        written, pure, shape_of = _facts(func)
+        mutable = bool(written)
+        if mutable and _have_data([args[at] if at < len(args) else kwargs.get(name) for at, name in written]):
             raise NeedsData(f"{func} writes into a tensor that has data")
         if shape_of is not None and not kwargs:
             shape, first = shape_of(args), args[0]
@@ -105,13 +106,14 @@ class Dataless:
 
 
 @functools.cache
-def _facts(func: OpOverload[..., Any]) -> tuple[bool, bool, ShapeOf | None]:
-    """(writes into an operand, makes a new tensor of nothing but its operands' shapes and numbers, its shape)."""
+def _facts(func: OpOverload[..., Any]) -> tuple[tuple[tuple[int, str], ...], bool, ShapeOf | None]:
+    """(operands it writes into, does it make a new tensor of its operands' shapes and numbers alone, its shape)."""
     schema = func._schema
     aliases = any(a.alias_info is not None for a in (*schema.arguments, *schema.returns))
+    written = [(at, a.name) for at, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write]
     name = schema.name.removeprefix("aten::")
     name = name.removesuffix("_") if schema.is_mutable else name
-    return schema.is_mutable, not aliases, SHAPES.get(name)
+    return tuple(written), not aliases, SHAPES.get(name)
 
 
 def _signature(tree: Any) -> Any:
@@ -125,11 +127,8 @@ def _signature(tree: Any) -> Any:
     return (type(tree), tree)
 
 
-def _writes_to_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    specs = func._schema.arguments
-    written = [a for a, spec in zip(args, specs, strict=False) if spec.alias_info and spec.alias_info.is_write]
-    written += [kwargs[s.name] for s in specs if s.name in kwargs and s.alias_info and s.alias_info.is_write]
-    return any(isinstance(t, Tensor) and t.device != META for t in tree_leaves(written))
+def _have_data(written: Sequence[Any]) -> bool:
+    return any(leaf.device != META for leaf in tree_leaves(written) if isinstance(leaf, Tensor))
 
 
 # ---- shapes; None: let PyTorch find it, or say what is wrong -----------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,21 +12,34 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from ..records import ChannelGroup, FrozenChannels, Member
-from .labels import Ids, Ledger, marks
+from .ledger import Ledger, marks
 from .run import StateAxis
+from .unions import Ids, Unions
 
 Shapes = Mapping[str, tuple[int, ...]]
+RoleOf = Callable[[int, int], str]  # number of an axis, position -> role
 ONE_UNIT = "all its channels go together, and one must stay"
 
 
 class Slices:
-    """Every slice of every parameter axis with its class, sorted by class, axis, position."""
+    """Every slice of every leading axis with its class, sorted by class, axis, position.
 
-    def __init__(self, axes: Sequence[StateAxis], classes: Ids) -> None:
+    Axes whose slices go together one by one (a convolution's outputs, the norm's scales after it) have one leader.
+    """
+
+    def __init__(self, axes: Sequence[StateAxis], unions: Unions) -> None:
+        classes = unions.classes()
         self.axes = axes
-        axis = np.repeat(np.arange(len(axes)), [a.size for a in axes])
-        position = np.concatenate([np.arange(a.size) for a in axes])
-        ids = np.concatenate([np.arange(a.first, a.first + a.size) for a in axes])
+        leaders: dict[int, int] = {}  # range -> number of the first axis with it
+        self.followers: dict[int, list[int]] = {}  # leading axis -> all axes that it stands for, itself first
+        for number, each in enumerate(axes):
+            leader = leaders.setdefault(unions.leader(unions.at(each.first)), number)
+            self.followers.setdefault(leader, []).append(number)
+        sizes = [axes[number].size for number in self.followers]
+        axis = np.repeat(list(self.followers), sizes)
+        first = np.repeat([axes[number].first for number in self.followers], sizes)
+        position = np.arange(len(axis)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        ids = first + position
         order = by_number(classes[ids])  # stable: axes and positions follow each other already
         self.axis, self.position, self.ids = axis[order], position[order], ids[order]
         self.cls = classes[self.ids]
@@ -33,7 +47,7 @@ class Slices:
         self.size = np.diff(self.first, append=len(self.cls))  # its number of slices
 
     def signatures(self) -> NDArray[np.uint64]:
-        """A hash of which axes each class has slices in, and how many: equal for units of one group."""
+        """A hash of which leading axes each class has slices in, and how many: equal for units of one group."""
         new = np.diff(self.cls, prepend=-1).astype(bool) | np.diff(self.axis, prepend=-1).astype(bool)
         run = np.flatnonzero(new)
         count = np.diff(run, append=len(self.cls))
@@ -61,26 +75,22 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def build(
-    ledger: Ledger, classes: Ids, axes: Sequence[StateAxis], roles: Sequence[tuple[Ids, str]]
+    ledger: Ledger, axes: Sequence[StateAxis], roles: Sequence[tuple[Ids, str]]
 ) -> tuple[list[ChannelGroup], list[Ids], list[FrozenChannels]]:
     """Partition the ids of parameter slices into channel groups and frozen channels.
 
     Args:
-        ledger: the demands, for the reasons.
-        classes: class of each id, (ids,).
+        ledger: the demands, settled.
         axes: which ids are slices of which parameter axis.
         roles: ids, and whether a layer makes ("out"), reads ("in") or scales ("scale") them.
     Returns:
         The groups, the class of each of their units (width,), and the frozen channels.
     """
-    slices = Slices(axes, classes)
-    count = int(classes.max(initial=-1)) + 1
-    ids, number = marks([(a, b) for a, b, _ in ledger.stay])
-    stay = _first(classes[ids], number, count)
-    ids, number = marks([(a, None) for a, _ in ledger.inexact])
-    inexact = _first(classes[ids], number, count)
-    ids, number = marks([(a, None) for a, _ in roles])
-    role_of = _first(ids, number, len(classes))
+    classes = ledger.ids.classes()
+    slices = Slices(axes, ledger.ids)
+    role_of = _roles(slices, ledger.ids, roles)
+    stay = _first_mark([(a, b) for a, b, _ in ledger.stay], classes)
+    inexact = _first_mark([(a, None) for a, _ in ledger.inexact], classes)
     names = slices.cls[slices.first]
     free = np.flatnonzero(stay[names] < 0)
     _, bucket = np.unique(slices.signatures()[free], return_inverse=True)
@@ -95,27 +105,50 @@ def build(
             continue
         mark = int(inexact[names[members]].max())
         why = ledger.inexact[mark][1] if mark >= 0 else ""
-        groups.append(_group(slices, members, lambda i: roles[role_of[i]][1] if role_of[i] >= 0 else "scale", why))
+        groups.append(_group(slices, members, role_of, why))
         units.append(names[members])
     return _named(groups), units, _frozen(stay, slices, reasons)
 
 
-def _first(at: Ids, numbers: Ids, count: int) -> Ids:
-    """For each of `count` places the first (lowest) number that is put there, or -1. `numbers` ascend."""
-    found = np.full(count, -1)
-    found[at[::-1]] = numbers[::-1]
+def _first_mark(parts: Sequence[tuple[Ids, Ids | None]], classes: Ids) -> Ids:
+    """For each class the number of the first part with an id of it (see `marks`), or -1."""
+    found = np.full(int(classes.max(initial=-1)) + 1, -1)
+    ids, number = marks(parts)
+    found[classes[ids[::-1]]] = number[::-1]
     return found
 
 
-def _group(slices: Slices, members: Ids, role_of: Callable[[int], str], inexact: str) -> ChannelGroup:
+def _roles(slices: Slices, unions: Unions, roles: Sequence[tuple[Ids, str]]) -> RoleOf:
+    """The role of an axis at one of its positions: the first that was played there."""
+    whole: dict[int, str] = {}
+    parts: dict[int, str] = {}
+    for ids, role in roles:
+        number = unions.whole(ids)
+        if number is not None:
+            whole.setdefault(number, role)
+            continue
+        for each in ids.reshape(-1).tolist():
+            parts.setdefault(each, role)
+
+    def role_of(number: int, position: int) -> str:
+        first = slices.axes[number].first
+        return parts.get(first + position) or whole.get(unions.at(first)) or "scale"
+
+    return role_of
+
+
+def _group(slices: Slices, members: Ids, role_of: RoleOf, inexact: str) -> ChannelGroup:
     width, per_unit = len(members), int(slices.size[members[0]])
     at = slices.first[members][:, None] + np.arange(per_unit)  # (width, slices a unit)
+    table, axes = slices.position[at], slices.axis[at[0]]  # (width, slices a unit), (slices a unit,) ascending
+    first = np.flatnonzero(np.diff(axes, prepend=-1)).tolist()
+    positions: dict[int, Ids] = {}
+    for begin, end in zip(first, [*first[1:], per_unit], strict=True):
+        positions |= dict.fromkeys(slices.followers[int(axes[begin])], table[:, begin:end])
     made = []
-    for number in np.unique(slices.axis[at[0]]):
-        axis = slices.axes[number]
-        columns = at[:, slices.axis[at[0]] == number]
-        role = role_of(slices.ids[columns[0, 0]])
-        made.append(Member(axis.name, axis.axis, role, slices.position[columns]))
+    for number in sorted(positions):
+        axis, where = slices.axes[number], positions[number]
+        made.append(Member(axis.name, axis.axis, role_of(number, int(where[0, 0])), where))
     makers = [m for m in made if m.role == "out"] or made
     widest = max(m.positions.shape[1] for m in makers)
     return ChannelGroup(makers[0].tensor, width, widest, tuple(made), inexact)
@@ -143,8 +176,9 @@ def _frozen(stay: Ids, slices: Slices, reasons: list[str]) -> list[FrozenChannel
     pairs, counts = np.unique(which * len(slices.axes) + axis, return_counts=True)
     for pair, here in zip(pairs.tolist(), counts.tolist(), strict=True):
         why = reasons[numbers[pair // len(slices.axes)]]
+        followers = slices.followers[pair % len(slices.axes)]
         count, tensors = found.get(why, (0, set()))
-        found[why] = (count + here, tensors | {slices.axes[pair % len(slices.axes)].name})
+        found[why] = (count + here * len(followers), tensors | {slices.axes[number].name for number in followers})
     frozen = [FrozenChannels(tuple(sorted(t)), n, why) for why, (n, t) in found.items()]
     return sorted(frozen, key=lambda f: -f.channels)
 
@@ -157,7 +191,8 @@ def prunable(axes: Sequence[StateAxis], free: NDArray[np.bool_], shapes: Shapes)
         free: whether each id belongs to a unit, (ids,).
         shapes: of each tensor.
     """
-    stays = {name: float(np.prod(shape)) for name, shape in shapes.items()}
+    before = np.concatenate([[0], np.cumsum(free)])  # ids in units before each id
+    stays = {name: float(math.prod(shape)) for name, shape in shapes.items()}
     for axis in axes:
-        stays[axis.name] *= 1.0 - float(free[axis.first : axis.first + axis.size].mean())
-    return {name: round(float(np.prod(shapes[name])) - left) for name, left in stays.items()}
+        stays[axis.name] *= 1.0 - float(before[axis.first + axis.size] - before[axis.first]) / axis.size
+    return {name: round(math.prod(shapes[name]) - left) for name, left in stays.items()}

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from ..records import Layer, LayerShape, Width
-from .labels import Ids, along
+from .labels import along
 from .recording import Op, Ref
 from .rules import name_of
 from .run import Run, arguments, ids_along
+from .unions import Ids
 
 WidthOf = Callable[[Ids], Width]  # ids along an axis -> how many stay under a plan
 

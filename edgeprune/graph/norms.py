@@ -7,23 +7,24 @@ is exact.
 
 from __future__ import annotations
 
-from .labels import FIXED, Label, Labels, along
+from .labels import Label, Labels, along
 from .recording import Op, Ref
-from .run import Run, arguments, as_axis, channel_ids, dims_of, ids_along
+from .run import Run, arguments, as_axis, channel_ids, dims_of
+from .unions import FIXED, Ids
 
 EXACT_SUMS = ("sum", "linalg_vector_norm", "norm")
 
 
-def _bind_scales(run: Run, scales: list[Ref | None], axis_ids: Labels, ndim: int, axis: int) -> None:
-    """One number a channel: weights, biases and running statistics follow the channel."""
+def _bind_scales(run: Run, scales: list[Ref | None], channel: Ids) -> Ids:
+    """One number a channel: weights, biases and running statistics follow it. Returns the ids to go on with."""
     for scale in scales:
         if scale is None:
             continue
-        size = run.shape(scale)[0]
-        ids, _ = channel_ids(run, run.of(scale), 0, size, run.why("a computed scale"))
+        ids, _ = channel_ids(run, run.of(scale), 0, run.shape(scale)[0], run.why("a computed scale"))
         run.play(ids, "scale")
-        channel = ids_along(along(axis_ids, axis), axis, size)
         run.ledger.unite(ids, channel, run.why("scales positions that cannot be removed"))
+        channel = run.ledger.ids.simpler(channel, ids)
+    return channel
 
 
 def per_channel(run: Run, op: Op) -> list[Labels]:
@@ -34,8 +35,8 @@ def per_channel(run: Run, op: Op) -> list[Labels]:
     ids, rest = channel_ids(run, labels, 1, shape[1], run.why("channels mixed with the batch"))
     scales = [a["weight"], a["bias"], a["running_mean"], a["running_var"]]
     before = along(labels, 1)
+    ids = _bind_scales(run, scales, ids)
     own = as_axis(ids, 1, len(shape), a["weight"] is not None or bool(before and before.vanishes))
-    _bind_scales(run, scales, own, len(shape), 1)
     return [(*own, *rest)]
 
 
@@ -94,8 +95,8 @@ def group_norm(run: Run, op: Op) -> list[Labels]:
     else:
         grid = ids.reshape(groups, -1)
         run.ledger.unite(grid, grid[:, :1], run.why("normalised with positions that cannot be removed"))
+    ids = _bind_scales(run, [a["weight"], a["bias"]], ids)
     own = as_axis(ids, 1, len(shape), a["weight"] is not None)
-    _bind_scales(run, [a["weight"], a["bias"]], own, len(shape), 1)
     return [(*own, *rest)]
 
 
@@ -179,8 +180,8 @@ def prelu(run: Run, op: Op) -> list[Labels]:
         axis = 1 if len(shape) > 1 else 0
         ids, rest = channel_ids(run, labels, axis, shape[axis], run.why("channels mixed with other axes"))
         before = along(labels, axis)
+        ids = _bind_scales(run, [weight], ids)
         own = as_axis(ids, axis, len(shape), bool(before and before.vanishes))
-        _bind_scales(run, [weight], own, len(shape), axis)
         labels = (*own, *rest)
     return [labels]
 

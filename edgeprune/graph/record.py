@@ -20,7 +20,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_flatten
 
 from ..errors import TraceError
-from .copies import without_weights
+from .copies import switch, without_weights
 from .dataless import Dataless
 from .recorder import Recorder
 from .recording import Recording
@@ -45,6 +45,7 @@ def record(
     has_rule: Callable[[OpOverload[..., Any]], bool],
     training: bool = False,
     owned: bool = False,
+    like: Recording | None = None,
 ) -> Recording:
     """Run `model(example)` once and record it.
 
@@ -54,14 +55,16 @@ def record(
         has_rule: operators to keep as they are; composites without a rule are decomposed.
         training: record the training-mode forward (auxiliary heads, drop path).
         owned: the module may be run itself rather than a copy; in evaluation mode already; it is put back as it was.
+        like: run it with data, or without, as this recording was made; default whichever succeeds.
     Raises:
         TraceError: the forward pass failed; the message holds the error and the line.
     """
     args, kwargs = as_call(example)
     devices = [leaf.device for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
     dataless = Dataless(devices[0] if devices else torch.device("cpu"))
-    for hollow in (dataless, None):
-        runner = model if owned else without_weights(model).train(training)
+    tries: list[Dataless | None] = [dataless, None] if like is None else [None if like.with_data else dataless]
+    for hollow in tries:
+        runner = model if owned else switch(without_weights(model), training)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_no_fast_paths())
             stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -72,7 +75,7 @@ def record(
                 recorder.run(runner, args, kwargs)
                 break
             except Exception as error:
-                if hollow is None:
+                if hollow is tries[-1]:
                     raise TraceError(_failed_forward(model, args, kwargs, error, recorder.op_name)) from error
     return recorder.recording
 

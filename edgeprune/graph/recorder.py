@@ -15,6 +15,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from .copies import parts
 from .dataless import META, Dataless, NeedsData
 from .recording import Call, Op, Recording, Ref, Value
 
@@ -35,6 +36,10 @@ class _Kind:
 class Recorder(TorchDispatchMode):
     """Numbers tensors as they appear and appends an `Op` for each call."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # PyTorch would wrap the dispatch in what takes as long as the rest of it
+
     def __init__(
         self,
         model: nn.Module,
@@ -43,7 +48,7 @@ class Recorder(TorchDispatchMode):
         dataless: Dataless | None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.recording = Recording(training=training)
+        self.recording = Recording(training=training, with_data=dataless is None)
         self.op_name: Any = ""
         self._dataless = dataless
         self._kind = functools.cache(lambda func: _kind_of(func, has_rule))
@@ -51,10 +56,12 @@ class Recorder(TorchDispatchMode):
         self._keep: list[Tensor] = []  # every tensor stays alive, so that its id stays its own
         self._path = ""
         self._undo: list[Callable[[], None]] = []
-        self._wrap(model)
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            ref = self._refs_of.get(id(tensor)) or self._new(tensor, "state", name)
-            self.recording.state[name] = ref.value
+        found = parts(model)
+        self.recording.parameters = tuple(found.parameters)
+        for path, module in found.modules.items():
+            self._wrap(path, module)
+        for name, tensor in found.state.items():
+            self.recording.state[name] = self._new(tensor, "state", name).value
 
     def run(self, runner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._dataless is not None:
@@ -104,15 +111,14 @@ class Recorder(TorchDispatchMode):
 
     # -- modules ---------------------------------------------------------------------------------------------
 
-    def _wrap(self, model: nn.Module) -> None:
-        """Note the calls of every module: around its forward, and around its hooks, where it has any."""
-        for path, module in model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
-            if module._forward_hooks or module._forward_pre_hooks:
-                self._hook(path, module)
-            else:
-                self._replace_forward(path, module)
+    def _wrap(self, path: str, module: nn.Module) -> None:
+        """Note the calls of a module: around its forward, and around its hooks, where it has any."""
+        if isinstance(module, torch.jit.ScriptModule):
+            return
+        if module._forward_hooks or module._forward_pre_hooks:
+            self._hook(path, module)
+        else:
+            self._replace_forward(path, module)
 
     def _replace_forward(self, path: str, module: nn.Module) -> None:
         own, forward = vars(module), module.forward

@@ -75,5 +75,12 @@ class Recording:
     inputs: tuple[int, ...] = ()
     output: Any = None  # the forward's result, tensors replaced by Ref
     state: dict[str, int] = field(default_factory=dict)  # parameter or buffer name -> value number
+    parameters: tuple[str, ...] = ()  # the names in `state` that are parameters
     reads: dict[int, str] = field(default_factory=dict)  # op index -> where a scalar was read from data
     training: bool = False
+    with_data: bool = False  # whether the tensors that depend on the input had data
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every parameter and buffer."""
+        return {name: self.values[number].shape for name, number in self.state.items()}

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from torch._ops import OpOverload
 
-from .labels import FIXED, Ids, Label, Labels, Ledger, Shape, on_axis
+from .labels import Label, Labels, Shape, on_axis
+from .ledger import Ledger
 from .recording import Op, Recording, Ref, Value
+from .unions import FIXED, Ids
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Run:
             made = []
             for axis, size in enumerate(value.shape):
                 if size > 1:
-                    ids = self.ledger.fresh(size)
+                    ids = self.ledger.ids.fresh(size)
                     self.state_axes.append(StateAxis(value.name, axis, int(ids[0]), size))
                     made.append(Label(on_axis(ids, axis, len(value.shape)), True))
             self.state_labels[value.name] = tuple(made)

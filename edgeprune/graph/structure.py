@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .labels import FIXED, Ids, Label, Labels, Shape, as_tensor, compress, on_axis
+from .labels import Label, Labels, Shape, as_tensor, compress, on_axis
 from .recording import Op, Ref
 from .run import Run, arguments, dims_of
+from .unions import FIXED, Ids
 
 PICKED = "positions picked by their number"
 
@@ -57,7 +58,7 @@ def reshaped(ids: Ids, before: Shape, after: Shape) -> Ids:
         varies = any(ids.shape[axis] > 1 for axis in old)
         wide += [before[axis] if varies else 1 for axis in old]
         seen += [after[axis] if varies else 1 for axis in new]
-    return np.broadcast_to(ids, wide).reshape(seen)
+    return (ids if ids.shape == tuple(wide) else np.broadcast_to(ids, wide)).reshape(seen)
 
 
 def _runs(before: Shape, after: Shape) -> list[tuple[range, range]]:
@@ -122,7 +123,7 @@ def expand(run: Run, op: Op) -> list[Labels]:
     grown = [d for d, size in enumerate(out) if size > 1 and (d < lead or x[d - lead] == 1)]
     fresh = []
     for axis in grown:
-        fresh.append(Label(on_axis(run.ledger.fresh(out[axis]), axis, len(out)), False, copies=True))
+        fresh.append(Label(on_axis(run.ledger.ids.fresh(out[axis]), axis, len(out)), False, copies=True))
     return [(*labels, *fresh)]
 
 
@@ -155,7 +156,7 @@ def _joined(run: Run, parts: Sequence[Ref], axis: int, ndim: int) -> Labels:
         for label in varying:
             run.ledger.freeze(label.ids, run.why("several channels along one axis"))
         if _is_zero(run, ref):  # there may be fewer zeros
-            ids = on_axis(run.ledger.fresh(size), axis, ndim)
+            ids = on_axis(run.ledger.ids.fresh(size), axis, ndim)
             run.labels[ref.value] = (*run.of(ref), Label(ids, True))
         else:
             ids = on_axis(np.full(size, FIXED), axis, ndim)
@@ -214,7 +215,7 @@ def _padded_channels(run: Run, label: Label, axis: int, amounts: list[int]) -> L
     at = 2 * (ndim - 1 - axis)
     before, after = amounts[at], amounts[at + 1]
     size = label.ids.shape[axis] + before + after
-    fresh = run.ledger.fresh(size)
+    fresh = run.ledger.ids.fresh(size)
     if not label.vanishes:
         kept = on_axis(fresh[before : size - after], axis, ndim)
         run.ledger.unite(kept, label.ids, run.why("padded channels that are not zero"))

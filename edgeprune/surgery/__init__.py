@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from ..errors import SurgeryError
 from ..graph import ModelGraph
-from ..graph.copies import without_weights
+from ..graph.copies import switch, with_tensors
 from ..records import ChannelGroup, Keep
 from . import replay
 from .checks import check, dropped_blocks, only_cut
-from .fit import fits, set_sizes, slice_state
+from .fit import fits, set_sizes, sliced
 from .masking import mask
 from .rewrite import Rewriter
 
@@ -42,21 +42,18 @@ def cut(model: nn.Module, graph: ModelGraph, keep: Keep) -> nn.Module:
     dropped = check(model, graph, keep)
     rewriter = Rewriter(graph, only_cut(keep))
     mode = model.training
+    tensors = sliced(model, rewriter.positions)
     if not dropped:
         for use_attributes in (False, True):
-            candidate = _sliced(model, graph, rewriter)
-            set_sizes(candidate, rewriter, use_attributes)
+            candidate = with_tensors(model, tensors)
+            news = set_sizes(candidate, rewriter, use_attributes)
+            if use_attributes and not news:
+                break
             if fits(candidate, graph, rewriter):
-                return candidate.train(mode)
-    root = _sliced(model, graph, rewriter)
+                return switch(candidate, mode)
+    root = with_tensors(model, tensors)
     set_sizes(root, rewriter, use_attributes=False)
     return replay.build(model, root, graph, rewriter, dropped).train(mode)
-
-
-def _sliced(model: nn.Module, graph: ModelGraph, rewriter: Rewriter) -> nn.Module:
-    module = without_weights(model)
-    slice_state(module, model, rewriter.positions)
-    return module
 
 
 def positions(graph: ModelGraph, keep: Keep) -> dict[tuple[str, int], Tensor]:

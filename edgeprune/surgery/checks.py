@@ -6,6 +6,7 @@ from torch import nn
 
 from ..errors import SurgeryError
 from ..graph import ModelGraph
+from ..graph.copies import parts
 from ..records import Block, Keep
 
 
@@ -15,9 +16,10 @@ def only_cut(keep: Keep) -> Keep:
 
 def check(model: nn.Module, graph: ModelGraph, keep: Keep) -> tuple[Block, ...]:
     """Refuse what makes no sense; returns the blocks to drop."""
-    have = {n: tuple(t.shape) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    have = {name: tuple(t.shape) for name, t in parts(model).state.items()}
     for axis in graph.trace.axes:
-        if len(have.get(axis.name, ())) <= axis.axis or have[axis.name][axis.axis] != axis.size:
+        shape = have.get(axis.name, ())
+        if len(shape) <= axis.axis or shape[axis.axis] != axis.size:
             raise SurgeryError(
                 f"this plan belongs to another network: {axis.name} should have {axis.size} slices along axis "
                 f"{axis.axis}, the model has shape {have.get(axis.name)}. Trace this model and plan again."
@@ -32,6 +34,8 @@ def check(model: nn.Module, graph: ModelGraph, keep: Keep) -> tuple[Block, ...]:
 def dropped_blocks(graph: ModelGraph, keep: Keep) -> tuple[Block, ...]:
     """The blocks that `keep` drops: those whose groups are all empty."""
     empty = {group for group, units in keep.items() if not units}
+    if not empty:
+        return ()
     dropped = tuple(b for b in graph.blocks if set(b.groups) <= empty)
     left = empty - {g for b in dropped for g in b.groups}
     if left:

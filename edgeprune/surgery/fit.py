@@ -9,45 +9,40 @@ from torch import Tensor, nn
 
 from ..errors import TraceError
 from ..graph import ModelGraph
+from ..graph.copies import parts, switch
 from ..graph.record import record
 from ..graph.recording import Op
 from ..graph.rules import has_rule, name_of
 from ..graph.run import arguments
 from .rewrite import Rewriter, numbers_in
 
-# attribute <- (tensor, axis) of PyTorch's own layers; `groups` and `num_groups` come from the recorded operators
-SIZES: dict[str, tuple[str, int]] = {
-    "in_features": ("weight", 1), "out_features": ("weight", 0),
-    "num_channels": ("weight", 0), "num_parameters": ("weight", 0), "embedding_dim": ("weight", 1),
-}  # fmt: skip
+# attribute <- axis of the weight of PyTorch's own layers; `groups`, `num_groups` come from the recorded operators
+SIZES = {"in_features": 1, "out_features": 0, "num_channels": 0, "num_parameters": 0, "embedding_dim": 1}
 SHAPES_TELL = ("split", "split_with_sizes", "chunk", "unsafe_chunk", "unsafe_split", "new_zeros", "zeros")
 
 
-def slice_state(module: nn.Module, model: nn.Module, positions: Mapping[tuple[str, int], Tensor]) -> None:
-    """Give `module` sliced copies of the tensors of `model`; tied parameters stay tied."""
-    new: dict[int, Tensor] = {}
+def sliced(model: nn.Module, positions: Mapping[tuple[str, int], Tensor]) -> dict[int, Tensor]:
+    """Sliced copies of the parameters and buffers of `model`, by the id() of the dense ones; tied ones stay tied.
+
+    Args:
+        model: the dense network.
+        positions: (name, axis) -> indices kept.
+    """
     axes: dict[str, list[int]] = {}
     for owner, axis in positions:
         axes.setdefault(owner, []).append(axis)
-    for name, old in [*model.named_parameters(), *model.named_buffers()]:
+    new: dict[int, Tensor] = {}
+    for name, old in parts(model).state.items():
         tensor = old.detach()
         for axis in axes.get(name, ()):
             tensor = tensor.index_select(axis, positions[name, axis].to(tensor.device))
-        tensor = tensor.clone() if tensor.data_ptr() == old.data_ptr() else tensor
+        tensor = tensor if name in axes else tensor.clone()
         new[id(old)] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
-    originals = dict(model.named_modules(remove_duplicate=False))
-    for path, part in module.named_modules(remove_duplicate=False):
-        source = originals[path]
-        for key, old in source._parameters.items():
-            if old is not None:
-                part._parameters[key] = new[id(old)]
-        for key, old_buffer in source._buffers.items():
-            if old_buffer is not None:
-                part._buffers[key] = new[id(old_buffer)]
+    return new
 
 
-def set_sizes(module: nn.Module, rewriter: Rewriter, use_attributes: bool) -> None:
-    """Set the attributes that repeat a size.
+def set_sizes(module: nn.Module, rewriter: Rewriter, use_attributes: bool) -> bool:
+    """Set the attributes that repeat a size; says whether `use_attributes` set any.
 
     Args:
         module: the copy with sliced tensors.
@@ -55,45 +50,48 @@ def set_sizes(module: nn.Module, rewriter: Rewriter, use_attributes: bool) -> No
         use_attributes: also set integer attributes of modules whose operators need a new size, where an attribute
             holds the old one (`num_heads`, `hidden_dim` ... whatever they are called).
     """
+    modules = dict(module.named_modules(remove_duplicate=False))
     for part in module.modules():
         _set_layer_sizes(part)
     wanted: dict[str, dict[int, set[int]]] = {}
     for op in rewriter.recording.ops:
-        if name_of(op.func) in ("instance_norm", "batch_norm"):  # it may have no tensors of its own
-            part = module.get_submodule(op.module)
-            if isinstance(getattr(part, "num_features", None), int):
-                part.num_features = rewriter.shape(op.outputs[0])[1]  # type: ignore[assignment]
+        name, part = name_of(op.func), modules[op.module]
+        if name in ("instance_norm", "batch_norm") and isinstance(getattr(part, "num_features", None), int):
+            part.num_features = rewriter.shape(op.outputs[0])[1]  # it may have no tensors of its own
         changed = rewriter.changed(op)
         if changed is None:
             continue
-        part = module.get_submodule(op.module)
-        _set_groups(part, name_of(op.func), changed, op.func)
+        _set_groups(part, name, changed, op.func)
         if use_attributes:
             sizes = wanted.setdefault(op.module, {})
             for old, fresh in _numbers((op.args, op.kwargs), changed):
                 sizes.setdefault(old, set()).add(fresh)
-    for path, sizes in wanted.items():
-        _set_attributes(module.get_submodule(path), sizes)
+    news = [_set_attributes(modules[path], sizes) for path, sizes in wanted.items()]
+    return any(news)
 
 
 def _set_layer_sizes(part: nn.Module) -> None:
     if not type(part).__module__.startswith("torch.nn"):
         return
     weight = part._parameters.get("weight")
+    if weight is None and "parametrizations" in part._modules:
+        weight = getattr(part, "weight", None)
     if isinstance(part, nn.modules.conv._ConvNd) and weight is not None:
         flip = part.transposed
         part.in_channels = weight.shape[0] if flip else weight.shape[1] * part.groups
         part.out_channels = weight.shape[1] * part.groups if flip else weight.shape[0]
         return
+    own = vars(part)
     if isinstance(part, nn.RNNBase):
         part.input_size = int(part.get_parameter("weight_ih_l0").shape[1])
         part._flat_weights = [getattr(part, name) for name in part._flat_weights_names]
-    if isinstance(part, nn.LayerNorm) and weight is not None:
+    if weight is None:
+        return
+    if isinstance(part, nn.LayerNorm):
         part.normalized_shape = tuple(weight.shape)
-    for attribute, (name, axis) in SIZES.items():
-        tensor = getattr(part, name, None)
-        if isinstance(getattr(part, attribute, None), int) and isinstance(tensor, Tensor) and tensor.dim() > axis:
-            setattr(part, attribute, int(tensor.shape[axis]))
+    for attribute, axis in SIZES.items():
+        if isinstance(own.get(attribute), int) and weight.dim() > axis:
+            own[attribute] = int(weight.shape[axis])
 
 
 def _set_groups(part: nn.Module, name: str, changed: Any, func: Any) -> None:
@@ -120,16 +118,19 @@ def _numbers(old: Any, new: Any) -> list[tuple[int, int]]:
     return []
 
 
-def _set_attributes(part: nn.Module, sizes: dict[int, set[int]]) -> None:
+def _set_attributes(part: nn.Module, sizes: dict[int, set[int]]) -> bool:
+    news = False
     for name, value in list(vars(part).items()):
         if isinstance(value, int) and not isinstance(value, bool) and len(sizes.get(value, ())) == 1:
             setattr(part, name, next(iter(sizes[value])))
+            news = True
+    return news
 
 
 def fits(module: nn.Module, graph: ModelGraph, rewriter: Rewriter) -> bool:
     """Does the module's own `forward` do on the sliced tensors, operator by operator, what the cut expects?"""
     try:
-        recording = record(module.eval(), graph.example, has_rule, owned=True)
+        recording = record(switch(module, False), graph.example, has_rule, owned=True, like=rewriter.recording)
     except TraceError:
         return False
     decision = min(rewriter.recording.reads, default=None)  # what follows is frozen, whichever way it goes

@@ -324,8 +324,9 @@ def _doubled(model: nn.Module, example: Example, recording: Recording) -> Record
         return torch.cat([item, item]) if isinstance(item, Tensor) and item.dim() else item
 
     args, kwargs = as_call(example)
+    double = tuple(map(twice, args)) or {k: twice(v) for k, v in kwargs.items()}
     try:
-        larger = record(model, tuple(map(twice, args)) or {k: twice(v) for k, v in kwargs.items()}, has_rule)
+        larger = record(model, double, has_rule, like=recording)
     except TraceError:
         return None
     same = [op.func for op in larger.ops] == [op.func for op in recording.ops]

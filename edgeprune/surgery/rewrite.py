@@ -27,6 +27,7 @@ class Rewriter:
         self._labels = graph.trace.labels
         self._alive = graph.trace.kept(keep)
         self._shapes: dict[int, tuple[int, ...]] = {}
+        self._changes: dict[int, Arguments | None] = {}  # by the operator's id()
         self.positions: dict[tuple[str, int], Tensor] = {}  # (tensor, axis) -> indices kept, where some are not
         for axis in graph.trace.axes:
             alive = self._alive[axis.first : axis.first + axis.size]
@@ -58,11 +59,11 @@ class Rewriter:
 
     def changed(self, op: Op) -> Arguments | None:
         """The operator's new arguments, or None where the old ones still hold."""
-        rewrite = REWRITES.get(name_of(op.func))
-        if rewrite is None:
-            return None
-        args, kwargs = rewrite(self, op, arguments(op))
-        return None if (args, kwargs) == (op.args, op.kwargs) else (args, kwargs)
+        if id(op) not in self._changes:
+            rewrite = REWRITES.get(name_of(op.func))
+            new = rewrite(self, op, arguments(op)) if rewrite is not None else (op.args, op.kwargs)
+            self._changes[id(op)] = None if new == (op.args, op.kwargs) else new
+        return self._changes[id(op)]
 
     def channel_map(self, op: Op) -> tuple[int, list[int], int, list[int]] | None:
         """For a padding of channels that a cut reaches: (axis, source of each channel or -1, size, other padding)."""
