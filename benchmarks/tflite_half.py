@@ -14,10 +14,13 @@ anew in every round. The latter two in f32, whatever LiteRT has; their outputs w
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ import torch
 from edgeprune.profilers import timing
 
 import edgeprune
-from edgeprune import runs
+from edgeprune import files, runs
 from edgeprune.planning import PREFLIGHT, Preflight
 from edgeprune.records import Artifact
 from edgeprune.runs import Run
@@ -50,6 +53,7 @@ def prune(name: str, precision: str, folder: Path) -> None:
     seeds = range(tflite_error.CALIBRATION)
     images = [torch.randn(*example.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     with closing(tflite_error.opened(precision)) as target:
+        target.export = remembered(target.export, folder.with_name(f"{folder.name}-converted"), precision)
         done = edgeprune.compress(
             dense, example, target, speedup=2.0, run=folder, resume=True, steps=1, importance="random",
             batches=lambda: [(x, torch.zeros(1)) for x in images],
@@ -57,6 +61,26 @@ def prune(name: str, precision: str, folder: Path) -> None:
     for module, part in zip((dense, done.model), PAIR, strict=True):
         export(module, example, folder / part / "others")
     (folder / COMPARED).touch()
+
+
+def remembered(convert: Callable[..., Artifact], folder: Path, precision: str) -> Callable[..., Artifact]:
+    """Conversions of one network's cuts, kept by their weights: a run that is stopped would make them all again."""
+
+    def export(module: torch.nn.Module, example: torch.Tensor, where: Path, calibration: Any = ()) -> Artifact:
+        digest = hashlib.sha256()
+        for tensor in module.state_dict().values():
+            digest.update(repr(tuple(tensor.shape)).encode() + tensor.numpy().tobytes())
+        kept = folder / f"{digest.hexdigest()[:16]}.tflite"
+        if not kept.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(convert(module, example, where, calibration).path, kept.with_suffix(".part"))
+            kept.with_suffix(".part").replace(kept)
+        where.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(kept, where / "model.tflite")
+        made = tflite_error.artifact(where / "model.tflite", precision)
+        return replace(made, sha256=files.sha256(where / "model.tflite"))
+
+    return export
 
 
 def export(module: torch.nn.Module, example: torch.Tensor, folder: Path) -> None:
