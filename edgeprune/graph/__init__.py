@@ -2,8 +2,9 @@
 
     graph = trace(model, torch.randn(1, 3, 224, 224))
 
-`record` runs the network once and writes down its operators; `labels` and the rules run those on ids; `groups` turns
-what must go together into channel groups; `layers` lists what a latency table has to know.
+`record` runs the network once and writes down its operators; the rules run those on the ids of `labels`; `ledger` and
+`unions` gather what must go together; `groups` turns that into channel groups; `layers` lists what a latency table has
+to know.
 """
 
 from __future__ import annotations

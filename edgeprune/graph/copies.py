@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ def without_weights(model: nn.Module) -> nn.Module:
     Raises:
         TraceError: the network holds something that cannot be copied.
     """
-    return with_tensors(model, {id(p): p for p in model.parameters()})
+    return with_tensors(model, {id(p): p for p in parts(model).parameters.values()})
 
 
 def with_tensors(model: nn.Module, instead: Mapping[int, Tensor]) -> nn.Module:
@@ -74,8 +74,9 @@ def with_tensors(model: nn.Module, instead: Mapping[int, Tensor]) -> nn.Module:
     """
     memo: dict[int, Any] = dict(instead)
     try:
-        if all(_is_plain(kind) for kind in {type(module) for module in model.modules()}):
-            return _copied(model, memo)
+        modules = list(parts(model).modules.values())
+        if all(_is_plain(kind) for kind in {type(module) for module in modules}):
+            return _copied(model, modules, memo)
         return copy.deepcopy(model, memo)
     except Exception as error:  # a user's module may hold anything
         raise TraceError(
@@ -86,7 +87,7 @@ def with_tensors(model: nn.Module, instead: Mapping[int, Tensor]) -> nn.Module:
 
 def switch(model: nn.Module, training: bool) -> nn.Module:
     """What `model.train(training)` does, in less time where no module has a `train` of its own."""
-    modules = list(model.modules())
+    modules = list(parts(model).modules.values())
     if any(type(m).train is not nn.Module.train or isinstance(m, torch.jit.ScriptModule) for m in modules):
         return model.train(training)
     for module in modules:
@@ -102,9 +103,8 @@ def _is_plain(kind: type) -> bool:
     return not any(name in vars(c) for c in own for name in (*CUSTOM, "__slots__"))
 
 
-def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def _copied(model: nn.Module, modules: Sequence[nn.Module], memo: dict[int, Any]) -> nn.Module:
     """What deepcopy makes, without its bookkeeping for each of a module's dozen empty dictionaries."""
-    modules = list(model.modules())
     for module in modules:
         memo[id(module)] = type(module).__new__(type(module))
     for module in modules:
@@ -133,6 +133,6 @@ def _entry(item: Any, memo: dict[int, Any]) -> Any:
     if item is None or id(item) in memo:
         return memo.get(id(item))
     if type(item) is Tensor and item.is_leaf:
-        memo[id(item)] = item.detach().clone().requires_grad_(item.requires_grad)
+        memo[id(item)] = item.detach().clone().requires_grad_() if item.requires_grad else item.clone()
         return memo[id(item)]
     return copy.deepcopy(item, memo)

@@ -36,6 +36,11 @@ class Dataless:
         self._stand_ins: dict[int, tuple[Tensor, Tensor]] = {}  # by id(): a tensor with data, kept alive, and its own
         self._results: dict[Any, tuple[Shape, Shape, torch.dtype]] = {}  # by what `_signature` says
 
+    @classmethod
+    def beside(cls, leaves: Sequence[Tensor]) -> Dataless:
+        """For a network that is called on these tensors."""
+        return cls(leaves[0].device if leaves else torch.device("cpu"))
+
     def example(self, tree: Any) -> Any:
         return self._hollow(tree, META)
 
@@ -214,6 +219,22 @@ def _joined(args: tuple[Any, ...]) -> Shape | None:
     return (*x.shape[:axis], sum([part.shape[axis] for part in parts]), *x.shape[axis + 1 :])
 
 
+def _pooled(args: tuple[Any, ...]) -> Shape | None:
+    """adaptive_avg_pool: the last sizes as they are asked for."""
+    x, sizes = args[0], args[1]
+    return (*x.shape[: -len(sizes)], *sizes) if x.dim() == len(sizes) + 2 and _stays(args) is not None else None
+
+
+def _mean(args: tuple[Any, ...]) -> Shape | None:
+    """mean over some axes."""
+    x, dims = args[0], args[1] if len(args) > 1 else None
+    if not isinstance(dims, list) or not dims or _stays(args) is None:
+        return None
+    keeps = len(args) > 2 and args[2]
+    gone = {d % x.dim() for d in dims}
+    return tuple([1 if d in gone else n for d, n in enumerate(x.shape) if keeps or d not in gone])
+
+
 SHAPES: dict[str, ShapeOf] = {
     **dict.fromkeys(
         ("dropout", "feature_dropout", "alpha_dropout", "relu", "relu6", "hardtanh", "hardswish", "hardsigmoid",
@@ -224,5 +245,7 @@ SHAPES: dict[str, ShapeOf] = {
     "batch_norm": _per_channel,
     "layer_norm": _over_last,
     "linear": _linear,
+    **dict.fromkeys(("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"), _pooled),
+    "mean": _mean,
     "cat": _joined,
 }  # fmt: skip

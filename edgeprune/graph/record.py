@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_leaves
 
 from ..errors import TraceError
 from .copies import switch, without_weights
@@ -44,7 +44,6 @@ def record(
     example: Example,
     has_rule: Callable[[OpOverload[..., Any]], bool],
     training: bool = False,
-    owned: bool = False,
     like: Recording | None = None,
 ) -> Recording:
     """Run `model(example)` once and record it.
@@ -54,23 +53,17 @@ def record(
         example: one input (batch first): a tensor, a tuple of arguments, or a dict of keywords.
         has_rule: operators to keep as they are; composites without a rule are decomposed.
         training: record the training-mode forward (auxiliary heads, drop path).
-        owned: the module may be run itself rather than a copy; in evaluation mode already; it is put back as it was.
         like: run it with data, or without, as this recording was made; default whichever succeeds.
     Raises:
         TraceError: the forward pass failed; the message holds the error and the line.
     """
     args, kwargs = as_call(example)
-    devices = [leaf.device for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-    dataless = Dataless(devices[0] if devices else torch.device("cpu"))
+    dataless = Dataless.beside([leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
     tries: list[Dataless | None] = [dataless, None] if like is None else [None if like.with_data else dataless]
     for hollow in tries:
-        runner = model if owned else switch(without_weights(model), training)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_no_fast_paths())
-            stack.enter_context(torch.random.fork_rng(devices=[]))
-            stack.enter_context(torch.inference_mode())
+        runner = switch(without_weights(model), training)
+        with undisturbed():
             recorder = Recorder(runner, has_rule, training, hollow)
-            stack.callback(recorder.unwrap)
             try:
                 recorder.run(runner, args, kwargs)
                 break
@@ -81,12 +74,16 @@ def record(
 
 
 @contextlib.contextmanager
-def _no_fast_paths() -> Iterator[None]:
-    """Transformer fast paths fuse a whole layer into one operator that nothing could be said about."""
+def undisturbed() -> Iterator[None]:
+    """No gradients, the caller's random numbers left alone, and none of the transformer fast paths.
+
+    Those fuse a whole layer into one operator that nothing could be said about.
+    """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with torch.random.fork_rng(devices=[]), torch.inference_mode():
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
 

@@ -34,7 +34,7 @@ class _Kind:
 
 
 class Recorder(TorchDispatchMode):
-    """Numbers tensors as they appear and appends an `Op` for each call."""
+    """Numbers tensors as they appear and appends an `Op` for each call. It leaves its marks on the network it runs."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -55,7 +55,6 @@ class Recorder(TorchDispatchMode):
         self._refs_of: dict[int, Ref] = {}  # by the tensor's id()
         self._keep: list[Tensor] = []  # every tensor stays alive, so that its id stays its own
         self._path = ""
-        self._undo: list[Callable[[], None]] = []
         found = parts(model)
         self.recording.parameters = tuple(found.parameters)
         for path, module in found.modules.items():
@@ -121,8 +120,7 @@ class Recorder(TorchDispatchMode):
             self._replace_forward(path, module)
 
     def _replace_forward(self, path: str, module: nn.Module) -> None:
-        own, forward = vars(module), module.forward
-        before = own.get("forward")
+        forward = module.forward
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
             outer, first = self._path, len(self.recording.ops)
@@ -135,11 +133,7 @@ class Recorder(TorchDispatchMode):
             self._called(path, given, named, output, first)
             return output
 
-        def undo() -> None:
-            own.pop("forward") if before is None else own.update(forward=before)
-
-        own["forward"] = recorded
-        self._undo.append(undo)
+        vars(module)["forward"] = recorded
 
     def _hook(self, path: str, module: nn.Module) -> None:
         running: list[tuple[str, int, Any, Any]] = []
@@ -152,17 +146,12 @@ class Recorder(TorchDispatchMode):
             self._path, first, given, named = running.pop()
             self._called(path, given, named, output, first)
 
-        self._undo.append(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        self._undo.append(module.register_forward_hook(leave, with_kwargs=True).remove)
+        module.register_forward_pre_hook(enter, with_kwargs=True)
+        module.register_forward_hook(leave, with_kwargs=True)
 
     def _called(self, path: str, args: Any, kwargs: Any, output: Any, first: int) -> None:
         last = len(self.recording.ops)
         self.recording.calls.append(Call(path, args, kwargs, self._refs(_plain(output)), first, last))
-
-    def unwrap(self) -> None:
-        """Put the modules back as they were."""
-        while self._undo:
-            self._undo.pop()()
 
     # -- operators -------------------------------------------------------------------------------------------
 

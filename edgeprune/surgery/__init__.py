@@ -21,7 +21,8 @@ from ..graph.copies import switch, with_tensors
 from ..records import ChannelGroup, Keep
 from . import replay
 from .checks import check, dropped_blocks, only_cut
-from .fit import fits, set_sizes, sliced
+from .fit import set_sizes, sliced
+from .follow import fits
 from .masking import mask
 from .rewrite import Rewriter
 

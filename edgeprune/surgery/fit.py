@@ -1,4 +1,4 @@
-"""Slice the tensors of the user's own module, set the attributes that repeat a size, and check that it follows."""
+"""Slice the tensors of the user's own module, and set the attributes that repeat a size."""
 
 from __future__ import annotations
 
@@ -7,18 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import TraceError
-from ..graph import ModelGraph
-from ..graph.copies import parts, switch
-from ..graph.record import record
-from ..graph.recording import Op
-from ..graph.rules import has_rule, name_of
-from ..graph.run import arguments
-from .rewrite import Rewriter, numbers_in
+from ..graph.copies import parts
+from ..graph.rules import name_of
+from .rewrite import Rewriter
 
 # attribute <- axis of the weight of PyTorch's own layers; `groups`, `num_groups` come from the recorded operators
 SIZES = {"in_features": 1, "out_features": 0, "num_channels": 0, "num_parameters": 0, "embedding_dim": 1}
-SHAPES_TELL = ("split", "split_with_sizes", "chunk", "unsafe_chunk", "unsafe_split", "new_zeros", "zeros")
 
 
 def sliced(model: nn.Module, positions: Mapping[tuple[str, int], Tensor]) -> dict[int, Tensor]:
@@ -125,35 +119,3 @@ def _set_attributes(part: nn.Module, sizes: dict[int, set[int]]) -> bool:
             setattr(part, name, next(iter(sizes[value])))
             news = True
     return news
-
-
-def fits(module: nn.Module, graph: ModelGraph, rewriter: Rewriter) -> bool:
-    """Does the module's own `forward` do on the sliced tensors, operator by operator, what the cut expects?"""
-    try:
-        recording = record(switch(module, False), graph.example, has_rule, owned=True, like=rewriter.recording)
-    except TraceError:
-        return False
-    decision = min(rewriter.recording.reads, default=None)  # what follows is frozen, whichever way it goes
-    ops, dense_ops = recording.ops[:decision], rewriter.recording.ops[:decision]
-    if len(ops) != len(dense_ops):
-        return False
-    for here, dense in zip(ops, dense_ops, strict=True):
-        if here.func is not dense.func or not _same_arguments(here, dense, rewriter):
-            return False
-        for number, dense_number in zip(here.outputs, dense.outputs, strict=True):
-            if number >= 0 and recording.values[number].shape != rewriter.shape(dense_number):
-                return False
-    return True
-
-
-def _same_arguments(here: Op, dense: Op, rewriter: Rewriter) -> bool:
-    """Sizes, starts, groups and scales as the cut expects; how an axis is split shows in the shapes."""
-    name = name_of(dense.func)
-    if name in SHAPES_TELL:
-        return True
-    expected = rewriter.changed(dense) or (dense.args, dense.kwargs)
-    if name == "slice":
-        start = arguments(here)["start"] or 0
-        bound = dict(zip([a.name for a in dense.func._schema.arguments], expected[0], strict=False))
-        return bool(start == (bound.get("start") or 0))
-    return numbers_in((here.args, here.kwargs)) == numbers_in(expected)

@@ -1,0 +1,100 @@
+"""Does a cut module's own `forward` do, operator by operator, what the cut makes of the dense network's?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..graph import ModelGraph, as_call
+from ..graph.copies import switch
+from ..graph.dataless import Dataless
+from ..graph.record import undisturbed
+from ..graph.recording import Op
+from ..graph.rules import has_rule, name_of
+from ..graph.run import signature
+from .rewrite import Rewriter, numbers_in
+
+SHAPES_TELL = ("split", "split_with_sizes", "chunk", "unsafe_chunk", "unsafe_split", "new_zeros", "zeros")
+
+
+def fits(module: nn.Module, graph: ModelGraph, rewriter: Rewriter) -> bool:
+    """Run the module, with sliced tensors, as the dense network was recorded: with data or without."""
+    args, kwargs = as_call(graph.example)
+    leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    dataless = None if rewriter.recording.with_data else Dataless.beside(leaves)
+    if dataless is not None:
+        args, kwargs = dataless.example((args, kwargs))
+    follower = _Follower(rewriter, dataless)
+    try:
+        with undisturbed(), follower:
+            switch(module, False)(*args, **kwargs)
+    except Exception:  # whatever a forward raises that meets sizes it does not expect
+        return False
+    return follower.arrived
+
+
+class _Astray(Exception):
+    """Another operator than the one that was expected."""
+
+
+class _Follower(TorchDispatchMode):
+    """Holds each operator against the recorded one."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __init__(self, rewriter: Rewriter, dataless: Dataless | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._rewriter, self._dataless = rewriter, dataless
+        decision = min(rewriter.recording.reads, default=None)  # what follows is frozen, whichever way it goes
+        self._free = decision is not None
+        self._expected = rewriter.recording.ops[:decision]
+        self._at = 0
+
+    @property
+    def arrived(self) -> bool:
+        return self._at == len(self._expected)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not has_rule(func) and func._can_decompose():
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        if self._free and self.arrived:
+            return func(*args, **kwargs)
+        dense = self._expected[self._at] if not self.arrived else None
+        if dense is None or func is not dense.func or not _same_arguments(args, kwargs, dense, self._rewriter):
+            raise _Astray(func)
+        values = self._rewriter.recording.values
+        if self._dataless is None:
+            result = func(*args, **kwargs)
+        else:
+            from_input = any(values[ref.value].from_input for ref in dense.refs)
+            result = self._dataless.call(func, args, kwargs, from_input)
+        leaves = [result] if isinstance(result, Tensor) else tree_leaves(result)
+        for leaf, number in zip(leaves, dense.outputs, strict=True):
+            if number >= 0 and tuple(leaf.shape) != self._rewriter.shape(number):
+                raise _Astray(func)
+        self._at += 1
+        return result
+
+
+def _same_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], dense: Op, rewriter: Rewriter) -> bool:
+    """Sizes, starts, groups and scales as the cut expects; how an axis is split shows in the shapes."""
+    name = name_of(dense.func)
+    if name in SHAPES_TELL:
+        return True
+    expected = rewriter.changed(dense) or (dense.args, dense.kwargs)
+    if name == "slice":
+        names, _ = signature(dense.func)
+        starts = [dict(zip(names, given, strict=False)).get("start") or 0 for given in (args, expected[0])]
+        return bool(starts[0] == starts[1])
+    return numbers_in((args, kwargs)) == numbers_in(expected)
