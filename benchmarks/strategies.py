@@ -11,11 +11,12 @@
 Arms: uniform, knapsack, magnitude and soft, which give one plan for all seeds; random, one draw a seed; and four that
 judge the same number of different networks on images of the search split, anew for each seed: rl, rl with rate 0 (the
 same samples without learning), random-search, genetic. Before a candidate is judged its batch norm is re-estimated on
-256 images. knapsack-macs prices channels by multiply-adds, as many of them as the latency allows; knapsack-ce is the
-knapsack's plan, trained on labels alone; channels-* are its widths with channels ranked otherwise. Accuracy is of the
-final half of the test images, with batch norm re-estimated on 1,024 images, and after the same short training with
-distillation. Every piece is kept, and one that was stopped goes on. The table's correction is measured once and kept,
-so that a search that goes on has the same costs.
+256 images. *-by-accuracy are the most accurate ones of the same candidates, instead of those of least loss.
+knapsack-macs prices channels by multiply-adds, as many of them as the latency allows; knapsack-ce is the knapsack's
+plan, trained on labels alone; channels-* are its widths with channels ranked otherwise. Accuracy is of the final half
+of the test images, with batch norm re-estimated on 1,024 images, and after the same short training with distillation.
+Every piece is kept, and one that was stopped goes on. The table's correction is measured once and kept, so that a
+search that goes on has the same costs.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import strategies_fronts as fronts
 import strategies_tables as tables
 import torch
 from cifar10 import EXAMPLE, SETTINGS, Case
-from strategies_tables import ARMS, BORROWED, FOLDER, MACS, ONCE, PLAIN, SCORED, TRIED
+from strategies_tables import ARMS, BORROWED, BY, FOLDER, MACS, ONCE, PLAIN, SCORED, TRIED
 from strategies_task import Judged, inside, right, short
 
 from edgeprune import allocate, allocators, finetune, importance, measure, search, shaping, surgery
@@ -121,12 +122,13 @@ class Comparison:
             evaluations=self.options.evaluations,
             images=self.options.images,
             workers=self.options.workers,
+            by="accuracy" if arm.endswith(BY) else "loss",
             rl=RLSection(rate=0.0 if arm == "rl-rate-0" else 0.5),  # type: ignore[call-arg]
         )
         path = subject.run.path(search.JOURNAL)
         before = len(list(search.journal.read(path))) if path.exists() else 0
         space = Space(self.costs, self.case.scores, (budget_ms,))
-        strategy = "rl" if arm == "rl-rate-0" else arm
+        strategy = arm.removesuffix("-rate-0").removesuffix(BY)
         found = search.find(subject, space, strategy, settings, 1, seed, Silent())
         judged = list(search.journal.read(path))
         curve = tables.best_so_far([(self.costs.predict_ms(space.units(k)), e.loss) for k, e in judged], budget_ms)
@@ -142,7 +144,7 @@ class Comparison:
 
     def subject(self, arm: str, share: float, seed: int, scores: Importance | None = None) -> Subject:
         case, task = self.case, Judged(self.case, 0, self.options.batches)
-        folder = Run(record.RESULTS / FOLDER / "journals" / tables.name(arm, share, seed))
+        folder = Run(record.RESULTS / FOLDER / "journals" / tables.name(arm.removesuffix(BY), share, seed))
         return Subject(case.dense, case.graph, case.dense, {}, scores or case.scores, task, folder)
 
     def draws(self, share: float) -> None:

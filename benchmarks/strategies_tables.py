@@ -10,19 +10,22 @@ from typing import Any
 import numpy as np
 import record
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+from scipy.stats import binomtest, spearmanr
 
 FOLDER = "strategies"
 MACS = "knapsack-macs"  # priced by multiply-adds, as many of them as the latency allows
 ONCE = ("uniform", "knapsack", MACS, "magnitude", "soft")  # one plan for all seeds
-TRIED = ("rl", "rl-rate-0", "random-search", "genetic")
+BY = "-by-accuracy"  # the same candidates, the most accurate one taken instead of that of least loss
+TRIED = ("rl", "rl-rate-0", "random-search", "genetic", f"random-search{BY}", f"genetic{BY}")
 PLAIN = "knapsack-ce"  # the knapsack's plan, trained on labels alone
 SCORED = {"channels-l2": "l2", "channels-taylor": "taylor", "channels-random": "random"}  # its widths, other channels
 BORROWED = (PLAIN, *SCORED)
 ARMS = ("dense", *ONCE, *BORROWED, "random", *TRIED)
-PAIRS = (("rl", "random-search"), ("rl", "rl-rate-0"), ("rl", "uniform"), ("genetic", "random-search"),
-         ("rl", "knapsack"), ("knapsack", "uniform"), ("knapsack", MACS), ("knapsack", PLAIN),
-         *(("knapsack", other) for other in SCORED))  # fmt: skip
+PAIRS = (
+    ("rl", "random-search"), ("rl", "rl-rate-0"), ("rl", "uniform"), ("genetic", "random-search"), ("rl", "knapsack"),
+    (f"random-search{BY}", "random-search"), (f"genetic{BY}", "genetic"), ("knapsack", "uniform"), ("knapsack", MACS),
+    ("knapsack", PLAIN), *(("knapsack", other) for other in SCORED),
+)  # fmt: skip
 MARKS = (25, 50, 100, 150, 200, 300)  # evaluations after which the best so far is noted
 
 
@@ -51,7 +54,7 @@ def best_so_far(judged: Sequence[tuple[float, float]], budget_ms: float) -> dict
 
 
 def all_of_them() -> str:
-    return "\n\n".join(part for part in (searches(), summary(), paired(), fronts(), rates()) if part)
+    return "\n\n".join(part for part in (searches(), summary(), paired(), foretold(), fronts(), rates()) if part)
 
 
 def searches() -> str:
@@ -136,6 +139,26 @@ def _mcnemar(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> list[str]:
 
 def _right(result: Mapping[str, Any]) -> NDArray[np.bool_]:
     return np.unpackbits(np.frombuffer(bytes.fromhex(result["right"]), dtype=np.uint8)).astype(bool)
+
+
+def foretold() -> str:
+    """How well plans are ranked, before any training, by what searches may go by: against accuracy after training."""
+    searched, trained, rows = results("searches"), results().values(), []
+    for share in sorted({r["share"] for r in searched.values()}):
+        plans = [r for r in searched.values() if r["share"] == share]
+        after = [[r["accuracy"] for r in trained if _of(r, plan)] for plan in plans]
+        known = [(-p["loss"], p["accuracy"], np.mean(a)) for p, a in zip(plans, after, strict=True) if a]
+        if len(known) > 3:
+            loss, accuracy, final = np.array(known).T
+            ranks = [spearmanr(before, final) for before in (loss, accuracy)]
+            rows.append([f"{share:g}", str(len(known)), *(f"{r.statistic:.2f} (p = {r.pvalue:.2g})" for r in ranks)])
+    header = ["budget / dense", "plans", "loss before, accuracy after: Spearman", "accuracy before, accuracy after"]
+    return record.table(header, rows) if rows else ""
+
+
+def _of(result: Mapping[str, Any], plan: Mapping[str, Any]) -> bool:
+    same = (result["arm"], result["share"]) == (plan["arm"], plan["share"])
+    return same and (plan["arm"] in ONCE or result["seed"] == plan["seed"])
 
 
 def fronts() -> str:

@@ -219,6 +219,7 @@ class SearchSection(Section):
 
     evaluations: PositiveInt = Field(300, description="different networks that are cut and judged, over all steps")
     images: PositiveInt = Field(1000, description="of the search split, that each is judged on")
+    by: Literal["loss", "accuracy"] = Field("loss", description="which of two candidates is the better one")
     workers: PositiveInt = Field(1, exclude=True, description="processes; more than one, or --ray, needs Ray")
     ray: str = Field("", exclude=True, description="address of a Ray cluster; auto: the one on this machine")
     rl: RLSection = Field(default_factory=RLSection)  # type: ignore[arg-type]

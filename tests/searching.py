@@ -48,8 +48,10 @@ def space(network: type[nn.Module] = Chain, choices: int = 8, share: float = 0.5
     return Space(costs, scores, tuple(dense * share ** (step + 1) for step in range(steps)))
 
 
-def trying(where: Space, answer: Callable[[Units], Evaluation], evaluations: int, memory: Kept | None = None) -> Trying:
+def trying(
+    where: Space, answer: Callable[[Units], Evaluation], evaluations: int, memory: Kept | None = None, by: str = "loss"
+) -> Trying:
     def judges(asked: Sequence[Units]) -> Iterator[tuple[int, Evaluation]]:
         return ((at, answer(units)) for at, units in enumerate(asked))
 
-    return Trying(where, judges, memory or Kept(), evaluations, lambda done, of: None)
+    return Trying(where, judges, memory or Kept(), evaluations, lambda done, of: None, by)

@@ -172,6 +172,26 @@ def test_lookahead_judges_the_next_budget_of_the_schedule_too() -> None:
     assert found.predicted_ms > space.budgets_ms[1]
 
 
+@pytest.mark.parametrize("search", ["rl", "genetic", "random"])
+def test_what_is_better_is_decided_by_loss_or_by_accuracy(search: str) -> None:
+    space = searching.space()
+    answer = useful(space, 0)
+
+    def contrary(units: Units) -> Evaluation:
+        return Evaluation(answer(units).loss, answer(units).loss / 100)
+
+    for by, which in (("loss", min), ("accuracy", max)):
+        trying = searching.trying(space, contrary, 60, by=by)
+        searches = {
+            "rl": lambda t: rl.search(t, RLSection(), 0),
+            "genetic": lambda t: genetic.search(t, GeneticSection(), 0),
+            "random": lambda t: randomly.search(t, 0),
+        }
+        found = searches[search](trying)
+        within = [c.evaluation.loss for c in trying.candidates if c.predicted_ms <= space.budgets_ms[0] * (1 + 1e-9)]
+        assert found.evaluation.loss == which(within)
+
+
 def test_random_search_draws_different_plans_at_the_budget() -> None:
     space = searching.space()
     trying = searching.trying(space, useful(space, 0), 30)

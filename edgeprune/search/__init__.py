@@ -46,11 +46,12 @@ def find(
     evaluations = max(1, settings.evaluations // steps)
     stage = watch.stage(f"judge candidates, {strategy}")
     with closing(journal), stage as progress, workers.judges(subject, settings) as judges:
-        trying = Trying(space, judges, journal, evaluations, progress)
+        trying = Trying(space, judges, journal, evaluations, progress, settings.by)
         found = _search(trying, strategy, settings, seed)
     if strategy == "genetic":
         write_front(subject.run, space, trying.candidates)
-    watch.say(f"best of {len(trying.candidates)}: loss {found.evaluation.loss:.4f} at {found.predicted_ms:.4g} ms")
+    told = f"loss {found.evaluation.loss:.4f}, accuracy {found.evaluation.accuracy:.2%}"
+    watch.say(f"best of {len(trying.candidates)}: {told} at {found.predicted_ms:.4g} ms")
     return found
 
 

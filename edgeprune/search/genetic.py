@@ -19,7 +19,7 @@ from ..errors import UnreachableBudget, UsageError
 from . import front, genotype
 from .genotype import Genome
 from .space import Space
-from .trying import Candidate, Trying, best
+from .trying import Candidate, Trying
 
 MOST = 50  # networks a generation
 LAST = 0.1  # of the evaluations: members of the front, carried to the budget
@@ -37,7 +37,7 @@ def search(trying: Trying, settings: GeneticSection, seed: int) -> Candidate:
         settings: see [search.genetic].
         seed: of everything drawn.
     Returns:
-        the candidate with the least loss at the budget.
+        the candidate at the budget that is worth most.
     Raises:
         UsageError: pymoo is not installed.
     """
@@ -95,7 +95,7 @@ def _at_the_budget(trying: Trying, space: Space) -> Candidate:
     within = [c for c in trying.candidates if c.predicted_ms <= budget * (1 + 1e-9) and _meets(space, c)]
     if not within:  # the evaluations ended before any
         return min(trying.candidates, key=lambda c: c.predicted_ms)
-    return best(within)
+    return trying.best(within)
 
 
 def _meets(space: Space, candidate: Candidate) -> bool:

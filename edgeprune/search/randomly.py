@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .trying import Candidate, Trying, best
+from .trying import Candidate, Trying
 
 ROUND = 10  # candidates judged at once
 
@@ -17,4 +17,4 @@ def search(trying: Trying, seed: int) -> Candidate:
         parts = [draw.dirichlet(np.ones(len(sizes))) * sizes for _ in range(ROUND)]
         plans = [space.removing(dict(zip(space.groups, np.maximum(p, 1e-9).tolist(), strict=True))) for p in parts]
         trying.all([plan.widths for plan in plans])
-    return best(trying.candidates)
+    return trying.best(trying.candidates)

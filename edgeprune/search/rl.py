@@ -1,8 +1,9 @@
 """RL-Pruner (arXiv 2411.06463): where channels go is a distribution over groups, moved towards the best sample of it.
 
-No gradients and no network: the action is the distribution with noise, the reward the loss of the network that is cut
-by it, the update a clipped average. Every sample is scaled to the same latency, so that the reward holds no term for
-size: one that does learns to cut as much as it may. With rate 0 this is random search around uniform widths.
+No gradients and no network: the action is the distribution with noise, the reward the loss (or the accuracy) of the
+network that is cut by it, the update a clipped average. Every sample is scaled to the same latency, so that the reward
+holds no term for size: one that does learns to cut as much as it may. With rate 0 this is random search around uniform
+widths.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..config import RLSection
 from .space import Space
-from .trying import Candidate, Trying, best
+from .trying import Candidate, Trying
 
 Floats = NDArray[np.float64]
 LEAST = 1e-5  # of the distribution, for every group
@@ -39,7 +40,7 @@ def search(trying: Trying, settings: RLSection, seed: int) -> Candidate:
         settings: see [search.rl].
         seed: of the samples.
     Returns:
-        the candidate with the least loss at this step's budget.
+        the candidate at this step's budget that is worth most.
     """
     space, draw = trying.space, np.random.Generator(np.random.PCG64(seed))
     chosen: list[Candidate] = []
@@ -53,7 +54,7 @@ def search(trying: Trying, settings: RLSection, seed: int) -> Candidate:
             remembered = _remember(remembered, Sample(action, reward), settings.samples)
         towards = _pick(remembered, epsilon(settings.epsilon, trying), draw)
         distribution = moved(distribution, towards.action, settings.rate, settings.clip)
-    return best(chosen)
+    return trying.best(chosen)
 
 
 def beginning(space: Space) -> Floats:
@@ -84,14 +85,14 @@ def epsilon(first: float, trying: Trying) -> float:
 def _judged(
     trying: Trying, actions: Sequence[Floats], step: int, settings: RLSection, draw: np.random.Generator
 ) -> tuple[list[Candidate], list[float]]:
-    """Candidates of the actions, and their rewards: minus the loss, and what their best successor adds.
+    """Candidates of the actions, and their rewards: what they are worth, and what their best successor adds.
 
     A successor continues an action at the next budget of the schedule; there are half as many at each step down.
     """
     space = trying.space
     plans = [space.removing(dict(zip(space.groups, action.tolist(), strict=True)), step) for action in actions]
     found = trying.all([plan.widths for plan in plans])
-    rewards = [-candidate.evaluation.loss for candidate in found]
+    rewards = [trying.worth(candidate) for candidate in found]
     if step + 1 < min(settings.lookahead, len(space.budgets_ms)):
         width = max(1, settings.samples >> (step + 1))
         for at in range(len(found)):

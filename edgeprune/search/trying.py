@@ -35,8 +35,10 @@ class Memory(Protocol):
 class Trying:
     """Answers a strategy's questions; asked for the same widths twice, it judges once and counts once."""
 
-    def __init__(self, space: Space, judges: Judges, memory: Memory, evaluations: int, progress: Progress) -> None:
-        self.space, self.evaluations = space, evaluations
+    def __init__(
+        self, space: Space, judges: Judges, memory: Memory, evaluations: int, progress: Progress, by: str = "loss"
+    ) -> None:
+        self.space, self.evaluations, self.by = space, evaluations, by
         self._judges, self._memory, self._progress = judges, memory, progress
         self._seen: dict[Key, Candidate] = {}
         self._idle = 0
@@ -50,6 +52,15 @@ class Trying:
     def candidates(self) -> tuple[Candidate, ...]:
         """All so far, in the order in which they were asked for."""
         return tuple(self._seen.values())
+
+    def worth(self, candidate: Candidate) -> float:
+        """Larger is better."""
+        found = candidate.evaluation
+        return found.accuracy if self.by == "accuracy" else -found.loss
+
+    def best(self, candidates: Sequence[Candidate]) -> Candidate:
+        """The one worth most; of equal ones that of least loss, and then the first."""
+        return max(candidates, key=lambda c: (self.worth(c), -c.evaluation.loss))
 
     def all(self, asked: Sequence[Units]) -> list[Candidate]:
         """Judge several at once.
@@ -79,8 +90,3 @@ class Trying:
         for done, (at, found) in enumerate(judged, len(self._seen) + 1):
             self._memory.add(keys[at], found)
             self._progress(min(done, self.evaluations), self.evaluations)
-
-
-def best(candidates: Sequence[Candidate]) -> Candidate:
-    """The one with the least loss; of equal ones the first."""
-    return min(candidates, key=lambda c: c.evaluation.loss)
