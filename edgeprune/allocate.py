@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import knapsack
+from .errors import UnreachableBudget
 from .importance import Importance, kept_value
 from .records import Block, Layer, LayerRow, LayerShape, Plan
 from .table import IDENTITY, Correction, Surface, follows_input, layer_ms, predict_ms, reach, weights_mib
@@ -21,6 +22,8 @@ from .widths import shape_at, size
 Floats = NDArray[np.float64]
 Candidates = Mapping[str, tuple[int, ...]]
 PRODUCTS = 1024  # combinations of widths that a layer is priced at one by one; beyond, its concat is taken as linear
+FILLINGS = 5  # times that more is asked for, until a plan leaves no more than ...
+UNUSED = 0.005  # ... this share of its budget
 
 
 class Allocator(Protocol):
@@ -126,11 +129,54 @@ def size_limit(layers: Sequence[Layer], candidates: Candidates, dense_bytes: int
 def solve(
     costs: Costs, importance: Importance, budget_ms: float, limits: Sequence[Limit] = (), gap: float = knapsack.GAP
 ) -> Plan:
-    """The plan with the highest summed score within the budget and the further limits."""
+    """The plan with the highest summed score within the budget and the further limits.
+
+    Exact, but for layers behind concats of many groups: these are priced by lines above their curves, which leaves a
+    part of the budget unused. It is filled by asking for more. The plan's gap is then to what lines below would allow.
+    """
     problem = problem_of(costs, importance, limits)
-    solution = knapsack.solve(problem, [budget_ms, *(limit.budget for limit in limits)], gap)
-    widths = _units(costs, solution)
-    return Plan(widths, costs.predict_ms(widths), costs.predict_ms(costs.dense), solution.value, solution.gap)
+    further = [limit.budget for limit in limits]
+    if not problem.costs[0].sums:
+        solution = knapsack.solve(problem, [budget_ms, *further], gap)
+        return _plan(costs, solution, solution.gap)
+    solution = _filled(costs, problem, budget_ms, further, gap)
+    best = knapsack.upper_bound(problem_of(costs, importance, limits, below), [budget_ms, *further])
+    return _plan(costs, solution, max(0.0, best - solution.value) / max(abs(best), 1e-12))
+
+
+def _filled(
+    costs: Costs, problem: knapsack.Problem, budget_ms: float, further: Sequence[float], gap: float
+) -> knapsack.Solution:
+    """The best within the true budget, of several nominal ones for a problem that is priced too high."""
+    try:
+        solution = knapsack.solve(problem, [budget_ms, *further], gap)
+    except UnreachableBudget:
+        solution = knapsack.cheapest(problem)
+        within = all(cost <= limit for cost, limit in zip(solution.costs[1:], further, strict=True))
+        if not within or costs.predict_ms(_units(costs, solution)) > budget_ms:
+            raise
+    low, high = max(budget_ms, solution.costs[0]), math.inf  # nominal budgets: within the true one, and not
+    low_ms, high_ms = costs.predict_ms(_units(costs, solution)), math.inf
+    for _ in range(FILLINGS):
+        if low_ms >= (1 - UNUSED) * budget_ms:
+            break
+        wanted = (1 - UNUSED / 2) * budget_ms
+        nominal = low * min(wanted / low_ms, 2.0)
+        if not math.isinf(high):
+            nominal = low + (high - low) * (wanted - low_ms) / (high_ms - low_ms)
+        other = knapsack.solve(problem, [nominal, *further], gap)
+        other_ms = costs.predict_ms(_units(costs, other))
+        if other_ms > budget_ms:
+            high, high_ms = nominal, other_ms
+            continue
+        low, low_ms = nominal, max(low_ms, other_ms)
+        solution = other if other.value > solution.value else solution
+    return solution
+
+
+def _plan(costs: Costs, solution: knapsack.Solution, gap: float) -> Plan:
+    units = _units(costs, solution)
+    return Plan(units, costs.predict_ms(units), costs.predict_ms(costs.dense), solution.value, gap)
 
 
 def floor(costs: Costs) -> Plan:
@@ -153,8 +199,25 @@ def _units(costs: Costs, solution: knapsack.Solution) -> dict[str, int]:
 # ---- the problem as arrays -----------------------------------------------------------------------------------
 
 
-def problem_of(costs: Costs, importance: Importance, limits: Sequence[Limit] = ()) -> knapsack.Problem:
-    """Values and costs of every choice, for `knapsack.solve`: the device's latency first, then the further limits."""
+def above(distances: Floats) -> float:
+    """How far a line is moved to lie nowhere below a curve ..."""
+    return max(float(distances.max()), 0.0)
+
+
+def below(distances: Floats) -> float:
+    """... or nowhere above it."""
+    return min(float(distances.min()), 0.0)
+
+
+def problem_of(
+    costs: Costs, importance: Importance, limits: Sequence[Limit] = (), side: Callable[[Floats], float] = above
+) -> knapsack.Problem:
+    """Values and costs of every choice, for `knapsack.solve`: the device's latency first, then the further limits.
+
+    Args:
+        costs, importance, limits: as the plan's.
+        side: where the lines lie that price layers behind concats of many groups, for the first cost.
+    """
     number = {g: i for i, g in enumerate(costs.candidates)}
     values = tuple(kept_value(importance[g], widths) for g, widths in costs.candidates.items())
     together = []
@@ -163,7 +226,7 @@ def problem_of(costs: Costs, importance: Importance, limits: Sequence[Limit] = (
         together += [((number[a], 0), (number[b], 0)) for a, b in itertools.pairwise(inside)]
     each = []
     for limit in (costs.limit("latency in ms", 0.0), *limits):
-        builder = _Terms(costs, number)
+        builder = _Terms(costs, number, side)
         for part in limit.parts:
             builder.add(part)
         each.append(knapsack.Cost(limit.name, tuple(builder.terms), tuple(builder.sums), limit.constant))
@@ -173,8 +236,8 @@ def problem_of(costs: Costs, importance: Importance, limits: Sequence[Limit] = (
 class _Terms:
     """Collects the cost terms of layers."""
 
-    def __init__(self, costs: Costs, number: Mapping[str, int]) -> None:
-        self.candidates, self.number = costs.candidates, number
+    def __init__(self, costs: Costs, number: Mapping[str, int], side: Callable[[Floats], float]) -> None:
+        self.candidates, self.number, self.side = costs.candidates, number, side
         self.terms: list[knapsack.Term] = []
         self.sums: list[knapsack.Sum] = []
         self.gate = {name: b.groups[0] for b in costs.blocks for name in b.layers if 0 in costs.candidates[b.groups[0]]}
@@ -203,7 +266,7 @@ class _Terms:
         self.terms.append(knapsack.Term(tuple(self.number[g] for g in involved), cost))
 
     def _sum(self, part: Part, ins: Sequence[str], outs: Sequence[str]) -> None:
-        """Many groups meet in a concat: linear in their sum, for each choice of the output, and nowhere below."""
+        """Many groups meet in a concat: linear in their sum, for each choice of the output, on one side."""
         layer = part.layer
         if follows_input(layer):
             outs = ()
@@ -214,7 +277,7 @@ class _Terms:
         out = outs[0] if outs else None
         choices = self.candidates[out] if out else (0,)
         widths = [size(layer.out_width, {**fixed, **({out: c} if out else {})}) for c in choices]
-        lines = [_above(part, width) for width in widths]
+        lines = [_beside(part, width, self.side) for width in widths]
         sizes, rest = self._sizes(layer.in_width.terms, ins, layer.in_width.fixed)
         base, slope = np.array(lines).T
         self.sums.append(knapsack.Sum(sizes, rest, self.number[out] if out else -1, base, slope))
@@ -227,13 +290,13 @@ class _Terms:
         return sizes, float(rest)
 
     def _plane(self, part: Part, ins: Sequence[str], outs: Sequence[str]) -> None:
-        """Several groups on both sides: a + b in + c out + d in out, fitted to the layer and raised above it."""
+        """Several groups on both sides: a + b in + c out + d in out, fitted to the layer and moved to one side."""
         layer = part.layer
         points = [(i, o) for i in part.ins for o in part.outs]
         rows = np.array([[1.0, i, o, i * o] for i, o in points])
         y = np.array([part.at(i, o) for i, o in points])
         fitted = np.linalg.lstsq(rows, y, rcond=None)[0]
-        a, b, c, d = fitted + [max(0.0, float((y - rows @ fitted).max())), 0.0, 0.0, 0.0]
+        a, b, c, d = fitted + [self.side(y - rows @ fitted), 0.0, 0.0, 0.0]
         in_sizes, in_rest = self._sizes(layer.in_width.terms, ins, layer.in_width.fixed)
         out_sizes, out_rest = self._sizes(layer.out_width.terms, outs, layer.out_width.fixed)
         self.sums.append(knapsack.Sum(out_sizes, out_rest, -1, np.array([a]), np.array([c])))
@@ -246,15 +309,16 @@ def _channels(layer: Layer, units: Mapping[str, int]) -> tuple[int, int]:
     return size(layer.in_width, units), size(layer.out_width, units)
 
 
-def _above(part: Part, out_ch: int) -> tuple[float, float]:
-    """(base, slope) of a line over the input channels, nowhere below the layer's cost; 0 for a layer that is gone."""
+def _beside(part: Part, out_ch: int, side: Callable[[Floats], float]) -> tuple[float, float]:
+    """(base, slope) of a line over the input channels, on one side of the layer's cost; 0 for a layer that is gone."""
     if not out_ch:
         return 0.0, 0.0
     shape, follows = part.layer.shape, follows_input(part.layer)
     ins = np.array(part.ins, dtype=float)
     costs = np.array([part.at(i, i * shape.out_ch // shape.in_ch if follows else out_ch) for i in part.ins])
     slope = float((costs[-1] - costs[0]) / max(ins[-1] - ins[0], 1.0))
-    return float((costs - slope * ins).max()), slope
+    base = float(costs[0] - slope * ins[0])
+    return base + side(costs - slope * ins - base), slope
 
 
 def _bytes_at(layer: Layer, in_ch: int, out_ch: int) -> float:

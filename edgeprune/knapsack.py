@@ -19,7 +19,20 @@ from dataclasses import dataclass
 from .errors import UnreachableBudget
 from .program import Cost, Floats, Problem, Program, Sum, Term, costs_of, fits
 
-__all__ = ["Cost", "Floats", "Problem", "Solution", "Sum", "Term", "cheapest", "costs_of", "fits", "solve", "value_of"]
+__all__ = [
+    "Cost",
+    "Floats",
+    "Problem",
+    "Solution",
+    "Sum",
+    "Term",
+    "cheapest",
+    "costs_of",
+    "fits",
+    "solve",
+    "upper_bound",
+    "value_of",
+]
 
 GAP = 1e-3  # relative: what a choice may be worth less than the best there is
 TIME_LIMIT_S = 60.0
@@ -66,6 +79,11 @@ def solve(problem: Problem, budgets: Sequence[float], gap: float = GAP, time_lim
     if choice is None:
         return _cheapest_within(problem, budgets, bound, time_limit_s)
     return _solution(problem, choice, bound)
+
+
+def upper_bound(problem: Problem, budgets: Sequence[float], time_limit_s: float = TIME_LIMIT_S) -> float:
+    """No choice within the budgets is worth more: the optimum of the relaxation."""
+    return Program(problem).relaxation(budgets, time_limit_s)[0]
 
 
 def cheapest(problem: Problem, cost: int = 0, time_limit_s: float = TIME_LIMIT_S) -> Solution:
