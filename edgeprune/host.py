@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from . import files
 from .agent import Agent, first_object, local_program, next_object
@@ -29,6 +29,7 @@ BLOCK = 1 << 18
 LOST = 255  # ssh's own exit status
 NO_COMMAND = 127  # a shell's
 MARK = "edgeprune: connected"
+T = TypeVar("T")
 
 
 class Host(Protocol):
@@ -125,6 +126,7 @@ class Ssh:
         self._link: Process | None = None
         self._store: Process | None = None
         self._root = ""  # the folder's absolute path there
+        self._reached = False  # ever
 
     def connect(self) -> None:
         """Make the connection if it is not there.
@@ -142,13 +144,14 @@ class Ssh:
         try:
             while self._link.read(deadline_s).strip() != MARK:
                 pass  # what a login shell prints
+            self._reached = True
         except TargetError as error:
             said = self._link.last_words(STDERR_LINES)
             self._drop()
             raise explained(self.name, said) from error
 
     def start(self, runtime: str, beside: str = "") -> Agent:
-        return Agent(lambda: self._begin(runtime, beside), PATIENCE_S)
+        return self._patiently(lambda: Agent(lambda: self._begin(runtime, beside), PATIENCE_S))
 
     def _begin(self, runtime: str, beside: str) -> Process:
         program = self.put(local_program())
@@ -157,18 +160,23 @@ class Ssh:
     def put(self, path: Path) -> str:
         """Send a file. A link that breaks meanwhile is made again, and the rest sent; the checksum decides."""
         wanted = {"name": path.name, "size_bytes": path.stat().st_size, "sha256": files.sha256(path)}
+
+        def attempt() -> str:
+            found = self._put(path, wanted) or self._put(path, wanted)
+            if not found:
+                raise TargetError(f"{path.name} arrives damaged at {self.name}: its disk is faulty, or {path} changes")
+            return found
+
+        return self._patiently(attempt)
+
+    def _patiently(self, attempt: Callable[[], T]) -> T:
+        """Again when the link breaks: a host that was reached once comes back."""
         deadline_s = time.monotonic() + PATIENCE_S
         while True:
-            before = self._link
             try:
-                found = self._put(path, wanted) or self._put(path, wanted)
-                if not found:
-                    raise TargetError(
-                        f"{path.name} arrives damaged at {self.name}: its disk is faulty, or {path} changes"
-                    )
-                return found
+                return attempt()
             except LinkError:
-                if before is None or time.monotonic() > deadline_s:
+                if not self._reached or time.monotonic() > deadline_s:
                     raise
                 time.sleep(1.0)
 
@@ -189,13 +197,16 @@ class Ssh:
         return str(reply["path"])
 
     def drop(self, remote: str) -> None:
-        self._ask(self._opened_store(), {"remove": str(Path(remote).parent)})
+        self._patiently(lambda: self._ask(self._opened_store(), {"remove": str(Path(remote).parent)}))
 
     def place(self, name: str) -> str:
         self._opened_store()
         return f"{self._root}/{self._session}/{name}"
 
     def get(self, remote: str, local: Path) -> None:
+        self._patiently(lambda: self._get(remote, local))
+
+    def _get(self, remote: str, local: Path) -> None:
         store = self._opened_store()
         reply = self._ask(store, {"get": remote})
         left = reply["size_bytes"] + 1  # and a newline

@@ -238,6 +238,29 @@ def test_a_link_that_breaks_at_the_switch_ends_with_the_new_version(
     assert {v.name for v in deploy.versions(host, str(folder))} == set(os.listdir(folder / "versions"))
 
 
+@pytest.mark.parametrize("use", ["start", "put", "drop"])
+def test_a_board_that_is_away_for_some_seconds_is_waited_for(
+    proxied: tuple[Ssh, Proxy], tmp_path: Path, use: str
+) -> None:
+    host, proxy = proxied
+    path = models.package(tmp_path, "A")[0]["weights.bin"]
+    there = Path(host.put(path))
+    there.unlink()
+    proxy.refusing = True
+    proxy.reset()
+    back = threading.Timer(4.0, lambda: setattr(proxy, "refusing", False))
+    back.start()
+    if use == "start":
+        host.start("installer").close()
+    elif use == "put":
+        assert Path(host.put(path)).read_bytes() == path.read_bytes()
+    else:
+        host.drop(str(there))
+        assert not there.parent.exists()
+    assert not proxy.refusing
+    back.join()
+
+
 def test_a_slow_link_only_takes_longer(proxied: tuple[Ssh, Proxy], tmp_path: Path) -> None:
     host, proxy = proxied
     proxy.delay_s = 0.1
