@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from .records import Artifact, DeviceState, Fingerprint, LayerShape, Progress, T
 from .target import SILENCE_S, fingerprint_of, record_of
 
 
-class Served:
+class Served(ABC):
     """A device program in a process of its own, on a host. A kind of target adds layers, exporting and operators.
 
     Args:
@@ -55,9 +56,9 @@ class Served:
             raise
         self._machine: dict[str, str] = opened["machine"]
 
+    @abstractmethod
     def packed(self, shape: LayerShape) -> dict[str, Any]:
         """A layer as the device program takes it."""
-        raise NotImplementedError
 
     def stored(self, inputs: NDArray[Any]) -> NDArray[Any]:
         """Inputs of torch, (N, channels, ...), as the exported files take them."""
