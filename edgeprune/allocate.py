@@ -216,7 +216,7 @@ def problem_of(
 
     Args:
         costs, importance, limits: as the plan's.
-        side: where the lines lie that price layers behind concats of many groups, for the first cost.
+        side: where the lines lie that price layers behind concats of many groups, in every cost.
     """
     number = {g: i for i, g in enumerate(costs.candidates)}
     values = tuple(kept_value(importance[g], widths) for g, widths in costs.candidates.items())
