@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -15,15 +15,18 @@ from numpy.typing import NDArray
 from . import knapsack
 from .errors import UnreachableBudget
 from .importance import Importance, kept_value
-from .records import Block, Layer, LayerRow, LayerShape, Plan
-from .table import IDENTITY, Correction, Surface, follows_input, layer_ms, predict_ms, reach, weights_mib
+from .limits import Limit, Part, dropped_layers
+from .polish import Values, polished
+from .records import Block, Layer, LayerRow, Plan
+from .table import IDENTITY, Correction, Surface, follows_input, layer_ms, predict_ms
 from .widths import shape_at, size
 
 Floats = NDArray[np.float64]
 Candidates = Mapping[str, tuple[int, ...]]
+Units = Mapping[str, int]
 PRODUCTS = 1024  # combinations of widths that a layer is priced at one by one; beyond, its concat is taken as linear
-FILLINGS = 5  # times that more is asked for, until a plan leaves no more than ...
-UNUSED = 0.005  # ... this share of its budget
+ROUGHLY = 5e-3  # gap to which a problem priced by lines is solved: they are off by more
+LATENCY = "latency in ms"
 
 
 class Allocator(Protocol):
@@ -81,109 +84,58 @@ class Costs:
         return Limit(name, parts, self.correction.overhead_ms, budget_ms)
 
 
-@dataclass(frozen=True, eq=False)
-class Part:
-    """What one layer adds to a cost, by its input and output channels."""
-
-    layer: Layer
-    ins: tuple[int, ...]  # least ... most input channels
-    outs: tuple[int, ...]
-    at: Callable[[int, int], float]  # 0 for a layer that is gone
-
-
-@dataclass(frozen=True, eq=False)
-class Limit:
-    """Something summed over layers that must stay within a budget: latency on a device, bytes."""
-
-    name: str  # with its unit, for messages
-    parts: tuple[Part, ...]
-    constant: float
-    budget: float
-
-    def predict(self, units: Mapping[str, int], blocks: Sequence[Block]) -> float:
-        gone = dropped_layers(blocks, units)
-        shapes = ((p, shape_at(p.layer, units)) for p in self.parts if p.layer.name not in gone)
-        return self.constant + sum(p.at(shape.in_ch, shape.out_ch) for p, shape in shapes)
-
-
-def dropped_layers(blocks: Iterable[Block], units: Mapping[str, int]) -> set[str]:
-    """Layers of blocks whose groups are all gone."""
-    return {name for b in blocks if all(units[g] == 0 for g in b.groups) for name in b.layers}
-
-
-def size_limit(layers: Sequence[Layer], candidates: Candidates, dense_bytes: int, budget_bytes: float) -> Limit:
-    """The size of the exported file as a budget.
-
-    Args:
-        layers: all of the network.
-        candidates: widths that plans may choose.
-        dense_bytes: of the uncut network's file: what its layers' weights do not explain stays.
-        budget_bytes: for the file.
-    """
-    parts = tuple(Part(layer, *reach(layer, candidates), partial(_bytes_at, layer)) for layer in layers)
-    dense = {g: widths[-1] for g, widths in candidates.items()}
-    rest = dense_bytes - Limit("", parts, 0.0, 0.0).predict(dense, ())
-    return Limit("size in bytes", parts, rest, budget_bytes)
-
-
 def solve(
     costs: Costs, importance: Importance, budget_ms: float, limits: Sequence[Limit] = (), gap: float = knapsack.GAP
 ) -> Plan:
     """The plan with the highest summed score within the budget and the further limits.
 
-    Exact, but for layers behind concats of many groups: these are priced by lines above their curves, which leaves a
-    part of the budget unused. It is filled by asking for more. The plan's gap is then to what lines below would allow.
+    Exact, but for layers behind concats of many groups: these are priced by lines through their curves, and the plan is
+    polished by the curves themselves. Its gap is then to what lines below them would allow.
+
+    Raises:
+        UnreachableBudget: not even the smallest network meets them.
     """
     problem = problem_of(costs, importance, limits)
-    further = [limit.budget for limit in limits]
-    if not problem.costs[0].sums:
-        solution = knapsack.solve(problem, [budget_ms, *further], gap)
-        return _plan(costs, solution, solution.gap)
-    solution = _filled(costs, problem, budget_ms, further, gap)
-    best = knapsack.upper_bound(problem_of(costs, importance, limits, below), [budget_ms, *further])
-    return _plan(costs, solution, max(0.0, best - solution.value) / max(abs(best), 1e-12))
+    budgets = [budget_ms, *(limit.budget for limit in limits)]
+    if not any(cost.sums for cost in problem.costs):
+        solution = knapsack.solve(problem, budgets, gap)
+        return _plan(costs, _units(costs, solution), solution.value, solution.gap)
+    values = {
+        g: dict(zip(widths, map(float, of_g), strict=True))
+        for (g, widths), of_g in zip(costs.candidates.items(), problem.values, strict=True)
+    }
+    units = _polished(costs, problem, values, [costs.limit(LATENCY, budget_ms), *limits], max(gap, ROUGHLY))
+    value = math.fsum(values[g][w] for g, w in units.items())
+    best = knapsack.upper_bound(problem_of(costs, importance, limits, below), budgets)
+    return _plan(costs, units, value, max(0.0, best - value) / max(abs(best), 1e-12))
 
 
-def _filled(
-    costs: Costs, problem: knapsack.Problem, budget_ms: float, further: Sequence[float], gap: float
-) -> knapsack.Solution:
-    """The best within the true budget, of several nominal ones for a problem that is priced too high."""
+def _polished(costs: Costs, problem: knapsack.Problem, values: Values, limits: Sequence[Limit], gap: float) -> Units:
+    """From the best by the lines, or, where that leads nowhere, from the cheapest."""
+    unreachable = None
     try:
-        solution = knapsack.solve(problem, [budget_ms, *further], gap)
-    except UnreachableBudget:
-        solution = knapsack.cheapest(problem)
-        within = all(cost <= limit for cost, limit in zip(solution.costs[1:], further, strict=True))
-        if not within or costs.predict_ms(_units(costs, solution)) > budget_ms:
-            raise
-    low, high = max(budget_ms, solution.costs[0]), math.inf  # nominal budgets: within the true one, and not
-    low_ms, high_ms = costs.predict_ms(_units(costs, solution)), math.inf
-    for _ in range(FILLINGS):
-        if low_ms >= (1 - UNUSED) * budget_ms:
-            break
-        wanted = (1 - UNUSED / 2) * budget_ms
-        nominal = low * min(wanted / low_ms, 2.0)
-        if not math.isinf(high):
-            nominal = low + (high - low) * (wanted - low_ms) / (high_ms - low_ms)
-        other = knapsack.solve(problem, [nominal, *further], gap)
-        other_ms = costs.predict_ms(_units(costs, other))
-        if other_ms > budget_ms:
-            high, high_ms = nominal, other_ms
-            continue
-        low, low_ms = nominal, max(low_ms, other_ms)
-        solution = other if other.value > solution.value else solution
-    return solution
+        begun = _units(costs, knapsack.solve(problem, [limit.budget for limit in limits], gap))
+        found = polished(values, limits, costs.blocks, begun)
+        if found is not None:
+            return found
+    except UnreachableBudget as error:
+        unreachable = error
+    smallest = _units(costs, knapsack.cheapest(problem))
+    found = polished(values, limits, costs.blocks, smallest)
+    if found is None:
+        least = f"{limits[0].predict(smallest, costs.blocks):.6g}, the budget is {limits[0].budget:.6g}"
+        raise unreachable or UnreachableBudget(f"{LATENCY}: the cheapest choice of widths costs {least}")
+    return found
 
 
-def _plan(costs: Costs, solution: knapsack.Solution, gap: float) -> Plan:
-    units = _units(costs, solution)
-    return Plan(units, costs.predict_ms(units), costs.predict_ms(costs.dense), solution.value, gap)
+def _plan(costs: Costs, units: Units, value: float, gap: float) -> Plan:
+    return Plan(units, costs.predict_ms(units), costs.predict_ms(costs.dense), value, gap)
 
 
 def floor(costs: Costs) -> Plan:
     """The fastest plan."""
     problem = problem_of(costs, {g: np.ones(w[-1]) for g, w in costs.candidates.items()})
-    widths = _units(costs, knapsack.cheapest(problem))
-    return Plan(widths, costs.predict_ms(widths), costs.predict_ms(costs.dense), 0.0, 0.0)
+    return _plan(costs, _units(costs, knapsack.cheapest(problem)), 0.0, 0.0)
 
 
 def at_most(costs: Costs, units: Mapping[str, int]) -> Costs:
@@ -199,18 +151,18 @@ def _units(costs: Costs, solution: knapsack.Solution) -> dict[str, int]:
 # ---- the problem as arrays -----------------------------------------------------------------------------------
 
 
-def above(distances: Floats) -> float:
-    """How far a line is moved to lie nowhere below a curve ..."""
-    return max(float(distances.max()), 0.0)
+def through(distances: Floats) -> float:
+    """How far a fitted line is moved: not at all ..."""
+    return 0.0
 
 
 def below(distances: Floats) -> float:
-    """... or nowhere above it."""
+    """... or to lie nowhere above a curve."""
     return min(float(distances.min()), 0.0)
 
 
 def problem_of(
-    costs: Costs, importance: Importance, limits: Sequence[Limit] = (), side: Callable[[Floats], float] = above
+    costs: Costs, importance: Importance, limits: Sequence[Limit] = (), side: Callable[[Floats], float] = through
 ) -> knapsack.Problem:
     """Values and costs of every choice, for `knapsack.solve`: the device's latency first, then the further limits.
 
@@ -225,7 +177,7 @@ def problem_of(
         inside = [g for g in block.groups if 0 in costs.candidates[g]]
         together += [((number[a], 0), (number[b], 0)) for a, b in itertools.pairwise(inside)]
     each = []
-    for limit in (costs.limit("latency in ms", 0.0), *limits):
+    for limit in (costs.limit(LATENCY, 0.0), *limits):
         builder = _Terms(costs, number, side)
         for part in limit.parts:
             builder.add(part)
@@ -266,7 +218,7 @@ class _Terms:
         self.terms.append(knapsack.Term(tuple(self.number[g] for g in involved), cost))
 
     def _sum(self, part: Part, ins: Sequence[str], outs: Sequence[str]) -> None:
-        """Many groups meet in a concat: linear in their sum, for each choice of the output, on one side."""
+        """Many groups meet in a concat: linear in their sum, for each choice of the output."""
         layer = part.layer
         if follows_input(layer):
             outs = ()
@@ -277,7 +229,7 @@ class _Terms:
         out = outs[0] if outs else None
         choices = self.candidates[out] if out else (0,)
         widths = [size(layer.out_width, {**fixed, **({out: c} if out else {})}) for c in choices]
-        lines = [_beside(part, width, self.side) for width in widths]
+        lines = [_line(part, width, self.side) for width in widths]
         sizes, rest = self._sizes(layer.in_width.terms, ins, layer.in_width.fixed)
         base, slope = np.array(lines).T
         self.sums.append(knapsack.Sum(sizes, rest, self.number[out] if out else -1, base, slope))
@@ -290,7 +242,7 @@ class _Terms:
         return sizes, float(rest)
 
     def _plane(self, part: Part, ins: Sequence[str], outs: Sequence[str]) -> None:
-        """Several groups on both sides: a + b in + c out + d in out, fitted to the layer and moved to one side."""
+        """Several groups on both sides: a + b in + c out + d in out, fitted to the layer, and moved aside."""
         layer = part.layer
         points = [(i, o) for i in part.ins for o in part.outs]
         rows = np.array([[1.0, i, o, i * o] for i, o in points])
@@ -309,23 +261,12 @@ def _channels(layer: Layer, units: Mapping[str, int]) -> tuple[int, int]:
     return size(layer.in_width, units), size(layer.out_width, units)
 
 
-def _beside(part: Part, out_ch: int, side: Callable[[Floats], float]) -> tuple[float, float]:
-    """(base, slope) of a line over the input channels, on one side of the layer's cost; 0 for a layer that is gone."""
+def _line(part: Part, out_ch: int, side: Callable[[Floats], float]) -> tuple[float, float]:
+    """(base, slope) of a line over the input channels, by the layer's cost; 0 for a layer that is gone."""
     if not out_ch:
         return 0.0, 0.0
     shape, follows = part.layer.shape, follows_input(part.layer)
     ins = np.array(part.ins, dtype=float)
     costs = np.array([part.at(i, i * shape.out_ch // shape.in_ch if follows else out_ch) for i in part.ins])
-    slope = float((costs[-1] - costs[0]) / max(ins[-1] - ins[0], 1.0))
-    base = float(costs[0] - slope * ins[0])
+    slope, base = np.polyfit(ins, costs, 1) if len(ins) > 1 else (0.0, costs[0])
     return base + side(costs - slope * ins - base), slope
-
-
-def _bytes_at(layer: Layer, in_ch: int, out_ch: int) -> float:
-    return 2**20 * weights_mib(_resized(layer, in_ch, out_ch))
-
-
-def _resized(layer: Layer, in_ch: int, out_ch: int) -> LayerShape:
-    shape = layer.shape
-    groups = shape.conv_groups * in_ch // shape.in_ch if layer.groups_width.terms else shape.conv_groups
-    return replace(shape, in_ch=in_ch, out_ch=out_ch, conv_groups=groups)

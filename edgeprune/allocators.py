@@ -11,9 +11,10 @@ from functools import partial
 import numpy as np
 
 from . import allocate
-from .allocate import Allocator, Candidates, Costs, Limit
+from .allocate import Allocator, Candidates, Costs
 from .errors import UnreachableBudget, UsageError
 from .importance import Importance, kept_value
+from .limits import Limit
 from .records import Plan
 
 SETTLE = 60  # halvings of a share until a budget is met

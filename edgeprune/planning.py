@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from . import allocate, importance, measure, surgery
-from .allocate import Allocator, Costs, Limit
+from .allocate import Allocator, Costs
 from .errors import BudgetError, UnreachableBudget
 from .graph import ModelGraph
 from .importance import Importance
+from .limits import Limit, size_limit
 from .records import Artifact, Budget, Keep, Plan, Progress
 from .runs import Run, as_record
 from .target import Target
@@ -283,7 +284,7 @@ def further_limits(aims: Sequence[Aim], budgets: Sequence[float], size_bytes: fl
     ]
     if size_bytes is not None:
         layers, dense = first.bench.graph.layers, first.bench.dense.size_bytes
-        limits.append(allocate.size_limit(layers, first.costs.candidates, dense, size_bytes))
+        limits.append(size_limit(layers, first.costs.candidates, dense, size_bytes))
     return limits
 
 

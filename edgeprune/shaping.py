@@ -15,11 +15,12 @@ import numpy as np
 from torch import Tensor, nn
 
 from . import allocators, magnitude, metrics, soft, surgery
-from .allocate import Costs, Limit
+from .allocate import Costs
 from .config import MagnitudeSection, SoftSection
 from .errors import UsageError
 from .graph import ModelGraph
 from .importance import Importance
+from .limits import Limit
 from .magnitude import Masks
 from .magnitude.dead import dead
 from .records import ChannelGroup

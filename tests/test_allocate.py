@@ -17,6 +17,7 @@ from edgeprune.errors import UnreachableBudget
 from edgeprune.explain import free_speed, stairs
 from edgeprune.graph import ModelGraph, trace
 from edgeprune.importance import Importance
+from edgeprune.limits import size_limit
 from edgeprune.records import Fingerprint, LayerShape, Timing
 from edgeprune.table import IDENTITY, Correction, LatencyTable, surface, wanted
 
@@ -161,7 +162,7 @@ def test_a_predicted_size_is_that_of_the_cut_networks_weights() -> None:
     net = Residual()
     graph, costs, scores = made_up(net, choices=4)
     dense_bytes = 4 * graph.total_params
-    limit = allocate.size_limit(graph.layers, costs.candidates, dense_bytes, 0.4 * dense_bytes)
+    limit = size_limit(graph.layers, costs.candidates, dense_bytes, 0.4 * dense_bytes)
     plan = allocate.solve(costs, scores, 10.0, [limit])
     cut = surgery.cut(net, graph, importance.best(scores, plan.widths))
     weights = 4 * sum(p.numel() for p in cut.parameters() if p.dim() > 1)
@@ -172,7 +173,7 @@ def test_a_predicted_size_is_that_of_the_cut_networks_weights() -> None:
 
 def test_a_size_that_no_plan_reaches_is_refused_with_the_least() -> None:
     graph, costs, scores = made_up(Residual(), choices=4)
-    limit = allocate.size_limit(graph.layers, costs.candidates, 4 * graph.total_params, 100.0)
+    limit = size_limit(graph.layers, costs.candidates, 4 * graph.total_params, 100.0)
     with pytest.raises(UnreachableBudget, match=r"size in bytes: the cheapest choice of widths costs \d+.*is 100"):
         allocate.solve(costs, scores, 10.0, [limit])
     with pytest.raises(UnreachableBudget, match=r"size in bytes \d+.*, the budget is 100"):

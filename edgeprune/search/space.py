@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .. import allocators
-from ..allocate import Costs, Limit
+from ..allocate import Costs
 from ..importance import Importance
+from ..limits import Limit
 from ..records import Plan
 
 Units = Mapping[str, int]
