@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune import allocate, knapsack
-from edgeprune.allocate import Costs, Limit
+from edgeprune.allocate import Costs
 from edgeprune.errors import UnreachableBudget
 from edgeprune.importance import Importance, kept_value
 from edgeprune.knapsack import Cost, Problem, Sum, Term
+from edgeprune.limits import Limit
 from edgeprune.records import Fingerprint, Layer, LayerShape, Plan, Timing
 from edgeprune.table import IDENTITY, LatencyTable, Surface, follows_input, layer_ms, surface, wanted
 from edgeprune.widths import size

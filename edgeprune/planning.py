@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +194,8 @@ def meet(
             if tries[-1].enough or (attempt and tries[-1].plan.widths == tries[-2].plan.widths):
                 break  # or the widths on offer have no plan between
             bias = [ms / aim.costs.predict_ms(plan.widths) for ms, aim in zip(tries[-1].each_ms, aims, strict=True)]
+    if not any(t.fits for t in tries) and len(aims) == 1:
+        tries.append(_smallest(aims, scores, size_bytes, window))
     good = [t for t in tries if t.fits]
     if not good:
         raise UnreachableBudget(_out_of_reach(tries, aims, size_bytes))
@@ -224,6 +226,14 @@ def _tried(plan: Plan, aims: Sequence[Aim], keep: Keep, size_bytes: float | None
     fits = used <= 1 - window[0] and (size_bytes is None or size <= size_bytes)
     full = size_bytes is not None and size >= size_bytes * (1 - UNUSED)
     return Try(plan, keep, each_ms, size, fits, fits and (full or used >= 1 - window[1]))
+
+
+def _smallest(aims: Sequence[Aim], scores: Importance, size_bytes: float | None, window: tuple[float, float]) -> Try:
+    """The floor: a budget just above it leaves no room to aim below, so here the budget itself is what counts."""
+    plan = allocate.floor(aims[0].costs)
+    found = _tried(plan, aims, importance.best(scores, plan.widths), size_bytes, window)
+    small = size_bytes is None or found.size_bytes <= size_bytes
+    return replace(found, fits=small and max(_shares(found.each_ms, aims)) <= 1)
 
 
 def _shares(each_ms: Sequence[float], aims: Sequence[Aim]) -> list[float]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import defaultdict
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from .limits import Limit, Part, dropped_layers
@@ -28,7 +29,7 @@ class Move:
 def polished(
     values: Values, limits: Sequence[Limit], blocks: Sequence[Block], units: Mapping[str, int]
 ) -> dict[str, int] | None:
-    """A plan within all limits, by steps from one width to the next; None when none is found from here.
+    """A plan within all limits, by other widths, one group at a time; None when none is found from here.
 
     First what loses least value for what it saves, until all limits hold; then what gains most for what it costs, as
     long as they hold.
@@ -43,15 +44,15 @@ def polished(
     for _ in range(SWEEPS):
         if plan.fits():
             break
-        saving = [m for m in plan.moves(-1) if plan.saved(m) > 0]
+        saving = [m for m in plan.moves(operator.lt) if plan.saved(m) > 0]
         for move in sorted(saving, key=lambda m: -m.value / plan.saved(m)):
-            if not plan.fits():
+            if not plan.fits() and move.width < plan.units[move.group]:
                 plan.take(move)
     if not plan.fits():
         return None
     for _ in range(SWEEPS):
-        better = sorted((m for m in plan.moves(1) if m.value > 0), key=lambda m: -m.value / max(-plan.saved(m), 1e-12))
-        if not sum(plan.take_if_fits(move) for move in better):
+        gaining = sorted(plan.moves(operator.gt), key=lambda m: -m.value / max(-plan.saved(m), 1e-12))
+        if not sum(plan.take_if_better(move) for move in gaining):
             break
     return plan.units
 
@@ -77,12 +78,14 @@ class _Plan:
         each = zip(self.limits, move.costs, over, strict=True)
         return math.fsum(-cost / max(limit.budget, 1e-12) for limit, cost, is_over in each if is_over or not any(over))
 
-    def moves(self, step: int) -> Iterator[Move]:
-        for g, values in self.values.items():
-            widths = list(values)
-            at = widths.index(self.units[g]) + step
-            if self.units[g] and 0 <= at < len(widths) and widths[at]:
-                yield self._move(g, widths[at])
+    def moves(self, direction: Callable[[int, int], bool]) -> list[Move]:
+        """To every width that is smaller, or larger."""
+        return [
+            self._move(g, width)
+            for g, values in self.values.items()
+            for width in values
+            if width and self.units[g] and direction(width, self.units[g])
+        ]
 
     def _move(self, group: str, width: int) -> Move:
         after = {**self.units, group: width}
@@ -90,15 +93,16 @@ class _Plan:
         return Move(group, width, self.values[group][width] - self.values[group][self.units[group]], costs)
 
     def take(self, move: Move) -> None:
-        move = self._move(move.group, move.width)
+        move = self._move(move.group, move.width)  # what it costs has changed with the moves before
         self.costs = [c + m for c, m in zip(self.costs, move.costs, strict=True)]
         self.units[move.group] = move.width
 
-    def take_if_fits(self, move: Move) -> bool:
-        fits = self.fits(self._move(move.group, move.width).costs)
-        if fits:
-            self.take(move)
-        return fits
+    def take_if_better(self, move: Move) -> bool:
+        now = self._move(move.group, move.width)
+        better = now.value > 0 and self.fits(now.costs)
+        if better:
+            self.take(now)
+        return better
 
 
 def _by_group(limit: Limit, gone: Container[str]) -> dict[str, list[Part]]:

@@ -1,0 +1,67 @@
+"""Carrying a plan to a measured budget, on a device whose clock is a formula: what it answers is known beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from test_allocate import Residual, made_up
+
+from edgeprune import allocate, planning
+from edgeprune.allocate import Costs
+from edgeprune.errors import UnreachableBudget
+from edgeprune.planning import Aim, Bench
+from edgeprune.records import Keep
+from edgeprune.watch import Silent
+
+NOISE = 0.02
+
+
+class Formula(Bench):
+    """Every network takes `slower` times what is predicted, but for the smallest, which takes just that."""
+
+    def __init__(self, costs: Costs, slower: float) -> None:
+        self.costs, self.slower, self.noise, self.calls = costs, slower, NOISE, 0
+
+    @contextmanager
+    def built(self, keeps: Sequence[Keep], progress: Any = None) -> Iterator[list[Any]]:
+        yield [SimpleNamespace(keep=keep, size_bytes=1000) for keep in keeps]
+
+    def timed(self, artifacts: Sequence[Any]) -> list[float]:
+        self.calls += 1
+        return [self.milliseconds({**self.costs.dense, **{g: len(k) for g, k in a.keep.items()}}) for a in artifacts]
+
+    def milliseconds(self, units: dict[str, int]) -> float:
+        smallest = units == dict(allocate.floor(self.costs).widths)
+        return self.costs.predict_ms(units) * (1.0 if smallest else self.slower)
+
+
+@pytest.mark.parametrize("room", [1.001, 1.02])
+def test_a_budget_just_above_the_floor_is_met_by_the_floor(room: float) -> None:
+    """Aiming below the budget by twice the noise, as everywhere else, would find nothing there."""
+    _, costs, scores = made_up(Residual(), choices=4)
+    floor = allocate.floor(costs)
+    budget = room * floor.predicted_ms
+    chosen = planning.meet([Aim(Formula(costs, 1.3), costs, budget)], scores, allocate.solve, Silent())
+    assert dict(chosen.plan.widths) == dict(floor.widths)
+    assert chosen.measured_ms <= budget
+
+
+@pytest.mark.parametrize("slower", [0.8, 1.0, 1.4])
+def test_elsewhere_a_plan_ends_below_its_budget_by_more_than_the_noise(slower: float) -> None:
+    _, costs, scores = made_up(Residual(), choices=8)
+    bench = Formula(costs, slower)
+    budget = 0.6 * slower * costs.predict_ms(costs.dense)
+    chosen = planning.meet([Aim(bench, costs, budget)], scores, allocate.solve, Silent())
+    assert chosen.measured_ms == bench.milliseconds(dict(chosen.plan.widths))
+    assert 0.9 * budget <= chosen.measured_ms <= (1 - NOISE) * budget
+
+
+def test_a_floor_that_no_longer_holds_is_refused_with_what_was_measured() -> None:
+    _, costs, scores = made_up(Residual(), choices=4)
+    floor_ms = allocate.floor(costs).predicted_ms
+    with pytest.raises(UnreachableBudget, match=rf"no plan met .* was measured at {floor_ms:.4g} ms"):
+        planning.meet([Aim(Formula(costs, 1.3), costs, 0.99 * floor_ms)], scores, allocate.solve, Silent())
