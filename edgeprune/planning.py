@@ -7,6 +7,7 @@ to end, in turn with the dense one; the prediction is corrected by them, and a p
 from __future__ import annotations
 
 import shutil
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -83,7 +84,12 @@ class Bench:
         self.calibration = calibration
         self.dense = self.export(model, folder / "dense")
         self.reference_ms = 0.0
-        self.noise = 0.0
+        self.spreads: list[float] = []  # between copies of a network, in each session
+
+    @property
+    def noise(self) -> float:
+        """How far copies of a network lie apart, in the middle session: one that was disturbed does not count."""
+        return statistics.median(self.spreads) if self.spreads else 0.0
 
     def time(self, keeps: Sequence[Keep], progress: Progress = unwatched) -> list[float]:
         """Milliseconds of each cut network, as if the dense one took `reference_ms` as it did at first."""
@@ -110,8 +116,8 @@ class Bench:
 
     def timed(self, artifacts: Sequence[Artifact]) -> list[float]:
         dense, *cut = measure.time_networks([self.dense, *artifacts], self.target)
-        if not self.reference_ms:
-            self.reference_ms, self.noise = dense.median_ms, measure.spread([dense, *cut])
+        self.reference_ms = self.reference_ms or dense.median_ms
+        self.spreads.append(measure.spread([dense, *cut]))
         return [timing.median_ms * self.reference_ms / dense.median_ms for timing in cut]
 
 
@@ -130,7 +136,8 @@ def preflight(
     """Measure the floor and some networks between, and correct the predictions by them. Kept in the run folder."""
     if run.has("preflight.json"):
         found = as_record(Preflight, run.read("preflight.json", PREFLIGHT))
-        bench.reference_ms, bench.noise = found.dense_ms, found.noise
+        bench.reference_ms = found.dense_ms
+        bench.spreads.append(found.noise)
     else:
         units = [dict(allocate.floor(costs).widths), *measure.samples(costs.candidates, SAMPLES, seed)]
         with watch.stage("time the floor, the dense network and some between") as progress:
@@ -183,19 +190,17 @@ def meet(
     """
     tries: list[Try] = []
     bias = [1.0] * len(aims)
-    near = max(max(CLOSE, NOISY * aim.bench.noise, CALL_MS / aim.wanted_ms) for aim in aims)
-    window = (near, max(UNUSED - CLOSE, 2 * near))  # how far under its budget a plan may be measured
     with watch.stage("find a plan that holds on the device") as progress:
         for attempt in range(TRIES):
             progress(attempt, TRIES)
-            budgets = [aim.wanted_ms * (1 - sum(window) / 2) / b for aim, b in zip(aims, bias, strict=True)]
+            budgets = [aim.wanted_ms * (1 - sum(_window(aims)) / 2) / b for aim, b in zip(aims, bias, strict=True)]
             plan = within_reach(aims, scores, allocator, budgets, size_bytes)
-            tries.append(_tried(plan, aims, importance.best(scores, plan.widths), size_bytes, window))
+            tries.append(_tried(plan, aims, importance.best(scores, plan.widths), size_bytes))
             if tries[-1].enough or (attempt and tries[-1].plan.widths == tries[-2].plan.widths):
                 break  # or the widths on offer have no plan between
             bias = [ms / aim.costs.predict_ms(plan.widths) for ms, aim in zip(tries[-1].each_ms, aims, strict=True)]
     if not any(t.fits for t in tries) and len(aims) == 1:
-        tries.append(_smallest(aims, scores, size_bytes, window))
+        tries.append(_smallest(aims, scores, size_bytes))
     good = [t for t in tries if t.fits]
     if not good:
         raise UnreachableBudget(_out_of_reach(tries, aims, size_bytes))
@@ -219,19 +224,25 @@ class Try:
     enough: bool  # it fits, and one of the budgets is used up
 
 
-def _tried(plan: Plan, aims: Sequence[Aim], keep: Keep, size_bytes: float | None, window: tuple[float, float]) -> Try:
+def _tried(plan: Plan, aims: Sequence[Aim], keep: Keep, size_bytes: float | None) -> Try:
     measured = [_confirmed(aim.bench, keep, aim.wanted_ms) for aim in aims]
     each_ms, size = tuple(ms for ms, _ in measured), measured[0][1]
-    used = max(_shares(each_ms, aims))
+    used, window = max(_shares(each_ms, aims)), _window(aims)
     fits = used <= 1 - window[0] and (size_bytes is None or size <= size_bytes)
     full = size_bytes is not None and size >= size_bytes * (1 - UNUSED)
     return Try(plan, keep, each_ms, size, fits, fits and (full or used >= 1 - window[1]))
 
 
-def _smallest(aims: Sequence[Aim], scores: Importance, size_bytes: float | None, window: tuple[float, float]) -> Try:
+def _window(aims: Sequence[Aim]) -> tuple[float, float]:
+    """How far under its budget a plan may be measured, by the noise that was seen so far."""
+    near = max(max(CLOSE, NOISY * aim.bench.noise, CALL_MS / aim.wanted_ms) for aim in aims)
+    return near, max(UNUSED - CLOSE, 2 * near)
+
+
+def _smallest(aims: Sequence[Aim], scores: Importance, size_bytes: float | None) -> Try:
     """The floor: a budget just above it leaves no room to aim below, so here the budget itself is what counts."""
     plan = allocate.floor(aims[0].costs)
-    found = _tried(plan, aims, importance.best(scores, plan.widths), size_bytes, window)
+    found = _tried(plan, aims, importance.best(scores, plan.widths), size_bytes)
     small = size_bytes is None or found.size_bytes <= size_bytes
     return replace(found, fits=small and max(_shares(found.each_ms, aims)) <= 1)
 
