@@ -77,4 +77,4 @@ def as_tensor(ids: Ids) -> Tensor:
 
 def on_axis(ids: Ids, axis: int, ndim: int) -> Ids:
     """`ids`, shape (n,), along one of `ndim` axes; the others have size 1."""
-    return ids.reshape((1,) * axis + (-1,) + (1,) * (ndim - 1 - axis))
+    return ids.reshape((1,) * axis + (-1,) + (1,) * (ndim - 1 - axis)) if ndim > 1 else ids

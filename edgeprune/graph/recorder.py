@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from .copies import parts
+from .copies import Parts
 from .dataless import META, Dataless, NeedsData
 from .recording import Call, Op, Recording, Ref, Value
 
@@ -42,7 +42,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(
         self,
-        model: nn.Module,
+        found: Parts,
         has_rule: Callable[[OpOverload[..., Any]], bool],
         training: bool,
         dataless: Dataless | None,
@@ -55,7 +55,6 @@ class Recorder(TorchDispatchMode):
         self._refs_of: dict[int, Ref] = {}  # by the tensor's id()
         self._keep: list[Tensor] = []  # every tensor stays alive, so that its id stays its own
         self._path = ""
-        found = parts(model)
         self.recording.parameters = tuple(found.parameters)
         for path, module in found.modules.items():
             self._wrap(path, module)

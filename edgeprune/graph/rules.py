@@ -20,6 +20,9 @@ Rule = Callable[[Run, Op], list[Labels]]
 
 def pointwise(run: Run, op: Op) -> list[Labels]:
     """Element-wise operators: operands' ids are united position by position."""
+    if len(op.refs) == 1 and len(labels := run.of(op.refs[0])) == 1 and not labels[0].copies:
+        zero = zero_where(run, op, (labels[0].vanishes,))
+        return [labels if zero == labels[0].vanishes else (Label(labels[0].ids, zero),)]
     operands = [(run.of(ref), run.shape(ref)) for ref in op.refs]
 
     def vanishes(zero: tuple[bool, ...]) -> bool:
@@ -143,11 +146,11 @@ RULES: dict[str, Rule] = {
 }  # fmt: skip
 
 # these label their first operand alone: channels of any other one (a sampling grid, an index) have to stay
-OF_ONE_OPERAND = (
+OF_ONE_OPERAND = frozenset([
     structure.as_is, structure.view, structure.same, structure.expand, structure.roll, structure.index,
     structure.index_select, structure.pixel_shuffle, structure.windows, structure.unfold_patches, structure.spatial,
     structure.pad, norms.reduce, norms.softmax, like, constant,
-)  # fmt: skip
+])  # fmt: skip
 
 # not tagged as element-wise by PyTorch, though they are
 MORE_POINTWISE = frozenset(
@@ -197,8 +200,7 @@ def run_labels(run: Run) -> None:
         run.module = op.module
         if at in run.recording.reads:
             doubt = f"follows a decision on the data at {run.recording.reads[at]}"
-        operands = op.refs
-        labelled = [ref for ref in operands if run.of(ref)]
+        labelled = [ref for ref in op.refs if run.of(ref)]
         if not labelled:
             continue
         if doubt:
@@ -228,5 +230,5 @@ def _check(run: Run, number: int, labels: Labels, op: Op) -> None:
     shape = run.recording.values[number].shape
     for label in labels:
         have = label.ids.shape
-        fits = len(have) == len(shape) and all(n in (1, s) for n, s in zip(have, shape, strict=True))
+        fits = len(have) == len(shape) and all([n in (1, s) for n, s in zip(have, shape, strict=True)])
         assert fits, f"{name_of(op.func)}: ids {have} for a tensor of shape {shape}"

@@ -61,8 +61,8 @@ class Run:
             made = []
             for axis, size in enumerate(value.shape):
                 if size > 1:
+                    self.state_axes.append(StateAxis(value.name, axis, self.ledger.ids.count, size))
                     ids = self.ledger.ids.fresh(size)
-                    self.state_axes.append(StateAxis(value.name, axis, int(ids[0]), size))
                     made.append(Label(on_axis(ids, axis, len(value.shape)), True))
             self.state_labels[value.name] = tuple(made)
         return self.state_labels[value.name]
@@ -78,7 +78,7 @@ class Run:
 def arguments(op: Op) -> dict[str, Any]:
     """The operator's arguments by the names of its schema, defaults filled in."""
     names, defaults = signature(op.func)
-    return defaults | dict(zip(names, op.args, strict=False)) | op.kwargs
+    return {**defaults, **dict(zip(names, op.args, strict=False)), **op.kwargs}
 
 
 @functools.cache
@@ -97,6 +97,9 @@ def ids_along(label: Label | None, axis: int, size: int) -> Ids:
 
 def channel_ids(run: Run, labels: Labels, axis: int, size: int, reason: str) -> tuple[Ids, Labels]:
     """Split labels into the ids along a channel axis, shape (size,), and the labels along other axes."""
+    if len(labels) == 1 and labels[0].axes == (axis,):
+        ids = labels[0].ids
+        return ids if ids.ndim == 1 else ids.reshape(-1), ()
     label, rest = single_along(run, labels, axis, reason)
     if label is not None and len(label.axes) > 1:
         label = run.ledger.uniform(label, [d for d in label.axes if d != axis], reason)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from ..errors import SurgeryError
 from ..graph import ModelGraph
-from ..graph.copies import parts
+from ..graph.copies import Parts
 from ..records import Block, Keep
 
 
@@ -14,9 +12,9 @@ def only_cut(keep: Keep) -> Keep:
     return {group: units for group, units in keep.items() if units}
 
 
-def check(model: nn.Module, graph: ModelGraph, keep: Keep) -> tuple[Block, ...]:
+def check(found: Parts, graph: ModelGraph, keep: Keep) -> tuple[Block, ...]:
     """Refuse what makes no sense; returns the blocks to drop."""
-    have = {name: tuple(t.shape) for name, t in parts(model).state.items()}
+    have = {name: tuple(t.shape) for name, t in found.state.items()}
     for axis in graph.trace.axes:
         shape = have.get(axis.name, ())
         if len(shape) <= axis.axis or shape[axis.axis] != axis.size:

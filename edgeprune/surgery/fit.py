@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..graph.copies import parts
+from ..graph.copies import Parts
 from ..graph.rules import name_of
 from .rewrite import Rewriter
 
@@ -15,18 +15,18 @@ from .rewrite import Rewriter
 SIZES = {"in_features": 1, "out_features": 0, "num_channels": 0, "num_parameters": 0, "embedding_dim": 1}
 
 
-def sliced(model: nn.Module, positions: Mapping[tuple[str, int], Tensor]) -> dict[int, Tensor]:
-    """Sliced copies of the parameters and buffers of `model`, by the id() of the dense ones; tied ones stay tied.
+def sliced(found: Parts, positions: Mapping[tuple[str, int], Tensor]) -> dict[int, Tensor]:
+    """Sliced copies of parameters and buffers, by the id() of the dense ones; tied ones stay tied.
 
     Args:
-        model: the dense network.
+        found: of the dense network.
         positions: (name, axis) -> indices kept.
     """
     axes: dict[str, list[int]] = {}
     for owner, axis in positions:
         axes.setdefault(owner, []).append(axis)
     new: dict[int, Tensor] = {}
-    for name, old in parts(model).state.items():
+    for name, old in found.state.items():
         tensor = old.detach()
         for axis in axes.get(name, ()):
             tensor = tensor.index_select(axis, positions[name, axis].to(tensor.device))
@@ -35,17 +35,17 @@ def sliced(model: nn.Module, positions: Mapping[tuple[str, int], Tensor]) -> dic
     return new
 
 
-def set_sizes(module: nn.Module, rewriter: Rewriter, use_attributes: bool) -> bool:
+def set_sizes(copied: Parts, rewriter: Rewriter, use_attributes: bool) -> bool:
     """Set the attributes that repeat a size; says whether `use_attributes` set any.
 
     Args:
-        module: the copy with sliced tensors.
+        copied: the network with sliced tensors.
         rewriter: the cut.
         use_attributes: also set integer attributes of modules whose operators need a new size, where an attribute
             holds the old one (`num_heads`, `hidden_dim` ... whatever they are called).
     """
-    modules = dict(module.named_modules(remove_duplicate=False))
-    for part in module.modules():
+    modules = copied.modules
+    for part in modules.values():
         _set_layer_sizes(part)
     wanted: dict[str, dict[int, set[int]]] = {}
     for op in rewriter.recording.ops:
