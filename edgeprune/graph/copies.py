@@ -92,7 +92,7 @@ def with_tensors(found: Parts, instead: Mapping[int, Tensor]) -> Parts:
 
 def switch(found: Parts, training: bool) -> nn.Module:
     """What `train(training)` does to a network, in less time where no module has a `train` of its own."""
-    kinds = set(map(type, found.modules.values()))
+    kinds: set[type[nn.Module]] = set(map(type, found.modules.values()))
     if any(kind.train is not nn.Module.train or issubclass(kind, torch.jit.ScriptModule) for kind in kinds):
         return found.root.train(training)
     for module in found.modules.values():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 from ..errors import SurgeryError
 from ..graph import ModelGraph
 from ..graph.copies import Parts
@@ -14,17 +16,17 @@ def only_cut(keep: Keep) -> Keep:
 
 def check(found: Parts, graph: ModelGraph, keep: Keep) -> tuple[Block, ...]:
     """Refuse what makes no sense; returns the blocks to drop."""
-    have = {name: tuple(t.shape) for name, t in found.state.items()}
+    shapes = {name: tensor.shape for name, tensor in found.state.items()}
     for axis in graph.trace.axes:
-        shape = have.get(axis.name, ())
-        if len(shape) <= axis.axis or shape[axis.axis] != axis.size:
+        shape = shapes.get(axis.name)
+        if shape is None or len(shape) <= axis.axis or shape[axis.axis] != axis.size:
             raise SurgeryError(
                 f"this plan belongs to another network: {axis.name} should have {axis.size} slices along axis "
-                f"{axis.axis}, the model has shape {have.get(axis.name)}. Trace this model and plan again."
+                f"{axis.axis}, the model has shape {shape and tuple(shape)}. Trace this model and plan again."
             )
     for group_id, units in keep.items():
         width = graph.group(group_id).width
-        if any(not 0 <= u < width for u in units) or list(units) != sorted(set(units)):
+        if units and not (units[0] >= 0 and units[-1] < width and all(map(operator.lt, units, units[1:]))):
             raise SurgeryError(f"group {group_id} has units 0 to {width - 1}; {units} is not an ascending choice")
     return dropped_blocks(graph, keep)
 

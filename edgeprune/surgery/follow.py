@@ -81,7 +81,7 @@ class _Follower(TorchDispatchMode):
             result = self._dataless.call(func, args, kwargs, from_input)
         leaves = [result] if isinstance(result, Tensor) else tree_leaves(result)
         for leaf, number in zip(leaves, dense.outputs, strict=True):
-            if number >= 0 and tuple(leaf.shape) != self._rewriter.shape(number):
+            if number >= 0 and leaf.shape != self._rewriter.shape(number):
                 raise _Astray(func)
         self._at += 1
         return result

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..graph import ModelGraph
 from ..graph.recording import Op
 from ..graph.rules import name_of
-from ..graph.run import arguments
+from ..graph.run import arguments, signature
 from ..records import Keep
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -121,8 +121,8 @@ def alike(given: Any, expected: Any) -> bool:
     if have in SEQUENCES and want in SEQUENCES:
         return len(given) == len(expected) and all(map(alike, given, expected))
     if have is dict and want is dict:
-        return given.keys() == expected.keys() and all([alike(given[key], expected[key]) for key in expected])
-    return not {have, want} & COMPARED  # tensors, devices, types
+        return given.keys() == expected.keys() and all(alike(given[key], expected[key]) for key in expected)
+    return have not in COMPARED and want not in COMPARED  # tensors, devices, types
 
 
 def numbers_in(tree: Any) -> list[Any]:
@@ -138,7 +138,7 @@ def numbers_in(tree: Any) -> list[Any]:
 
 def _set(op: Op, **values: Any) -> Arguments:
     """The operator's arguments with some replaced, where they stand."""
-    names = [spec.name for spec in op.func._schema.arguments]
+    names, _ = signature(op.func)
     args, kwargs = list(op.args), dict(op.kwargs)
     for name, value in values.items():
         at = names.index(name)
