@@ -104,7 +104,7 @@ def _bind_transposed_groups(run: Run, x: Ids, rows: Ids, columns: Ids, groups: i
 
 
 def _bind_bias(run: Run, bias: Ref | None, out: Ids) -> None:
-    if bias is not None:
+    if bias is not None and not run.follow(bias, out):
         ids, _ = channel_ids(run, run.of(bias), 0, run.shape(bias)[0], run.why("a computed bias"))
         run.ledger.unite(ids, out, run.why("a bias of positions that cannot be removed"))
 

@@ -140,6 +140,8 @@ def _roles(slices: Slices, unions: Unions, roles: Sequence[tuple[Ids, str]]) -> 
 
     def role_of(number: int, position: int) -> str:
         first = slices.axes[number].first
+        if slices.axes[number].follows:
+            return "scale"
         return parts.get(first + position) or whole.get(unions.at(first)) or "scale"
 
     return role_of
@@ -148,11 +150,11 @@ def _roles(slices: Slices, unions: Unions, roles: Sequence[tuple[Ids, str]]) -> 
 def _group(slices: Slices, members: Ids, role_of: RoleOf, inexact: str) -> ChannelGroup:
     width, per_unit = len(members), int(slices.size[members[0]])
     at = slices.first[members][:, None] + np.arange(per_unit)  # (width, slices a unit)
-    table, axes = slices.position[at], slices.axis[at[0]]  # (width, slices a unit), (slices a unit,) ascending
-    first = np.flatnonzero(np.diff(axes, prepend=-1)).tolist()
+    table, axes = slices.position[at], slices.axis[at[0]].tolist()  # (width, slices a unit), (slices a unit,) ascending
+    first = [place for place, axis in enumerate(axes) if not place or axis != axes[place - 1]]
     positions: dict[int, Ids] = {}
     for begin, end in zip(first, [*first[1:], per_unit], strict=True):
-        positions |= dict.fromkeys(slices.followers[int(axes[begin])], table[:, begin:end])
+        positions |= dict.fromkeys(slices.followers[axes[begin]], table[:, begin:end])
     made = []
     for number in sorted(positions):
         axis, where = slices.axes[number], positions[number]
@@ -204,6 +206,8 @@ def prunable(axes: Sequence[StateAxis], free: NDArray[np.bool_], shapes: Shapes)
     """
     before = np.concatenate([[0], np.cumsum(free)])  # ids in units before each id
     stays = {name: float(math.prod(shape)) for name, shape in shapes.items()}
-    for axis in axes:
-        stays[axis.name] *= 1.0 - float(before[axis.first + axis.size] - before[axis.first]) / axis.size
+    first, size = (np.array(each, dtype=np.int64) for each in ([a.first for a in axes], [a.size for a in axes]))
+    shares = (before[first + size] - before[first]) / size
+    for axis, share in zip(axes, shares.tolist(), strict=True):
+        stays[axis.name] *= 1.0 - share
     return {name: round(math.prod(shapes[name]) - left) for name, left in stays.items()}

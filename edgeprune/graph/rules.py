@@ -200,18 +200,18 @@ def run_labels(run: Run) -> None:
         run.module = op.module
         if at in run.recording.reads:
             doubt = f"follows a decision on the data at {run.recording.reads[at]}"
-        labelled = [ref for ref in op.refs if run.of(ref)]
-        if not labelled:
+        if not any(run.of(ref) for ref in op.refs):  # the others are read by the rule
             continue
         if doubt:
-            for ref in labelled:
+            for ref in op.refs:
                 run.ledger.freeze_all(run.of(ref), doubt)
         rule = rule_for(op.func) or unknown
         if rule in OF_ONE_OPERAND:
             for ref in op.refs[1:]:
                 run.ledger.freeze_all(run.of(ref), run.why(f"steers the operator {name_of(op.func)}"))
         outputs = rule(run, op)
-        if op.aliases and (any(ref != op.args[0] for ref in labelled) or _fills_zeros(run, op, outputs)):
+        labelled = [ref for ref in op.refs if run.of(ref)] if op.aliases else []
+        if labelled and (any(ref != op.args[0] for ref in labelled) or _fills_zeros(run, op, outputs)):
             for ref in labelled:
                 run.ledger.freeze_all(run.of(ref), run.why("written in place into part of another tensor"))
         for number, labels in zip(op.outputs, outputs, strict=True):
@@ -230,5 +230,5 @@ def _check(run: Run, number: int, labels: Labels, op: Op) -> None:
     shape = run.recording.values[number].shape
     for label in labels:
         have = label.ids.shape
-        fits = len(have) == len(shape) and all([n in (1, s) for n, s in zip(have, shape, strict=True)])
+        fits = len(have) == len(shape) and all(n in (1, s) for n, s in zip(have, shape, strict=True))
         assert fits, f"{name_of(op.func)}: ids {have} for a tensor of shape {shape}"
