@@ -16,6 +16,7 @@ zero; what has no rounds takes as many of these as `rounds` under "full", and on
 
     dense        the reference, and with the extra training that every other arm gets
     once-12      12x in one round; also its error before retraining
+    bare-12      12x in one round, and no retraining
     random-12    as many weights of each layer as once-12 ("full": rounds-12), drawn at random
     rounds-12    12x in 5 rounds
     l1-12        12x in one round, absolute weights instead of squares in the loss; l1-rounds-12 in 5
@@ -48,7 +49,7 @@ from edgeprune.magnitude import masks, sparse
 
 HERE = Path(__file__).resolve().parent / "mnist"
 ARMS = (
-    *("dense", "once-12", "rounds-12", "random-12", "once-20", "rounds-20", "l1-12", "l1-rounds-12"),
+    *("dense", "bare-12", "once-12", "rounds-12", "random-12", "once-20", "rounds-20", "l1-12", "l1-rounds-12"),
     *("local-12",),
 )
 LOCAL = ((["0", "2"], 14.0), (["5", "7"], 3.7))  # what is frozen, and how much of the rest is pruned: 12x in all
@@ -177,6 +178,9 @@ def run(case: Case, arm: str, results: Mapping[str, Result]) -> Result:
         case.retrain(model)
         params = sum(p.numel() for p in model.parameters())
         return {"reference_error": reference, "error": case.error(model), "params": params}
+    if arm.startswith("bare"):
+        bare = magnitude.prune(case.dense, case.x[:1], _ratio(arm), case.judge, lambda model, number: None)
+        return {"error": case.error(bare.model), "ratio": _ratio(arm), "kept": bare.rounds[-1].kept}
     if arm.startswith("random"):
         return _random(case, results[key(case, case.recipe.drawn_as)]["kept"])
     return _local(case) if arm.startswith("local") else _pruned(case, arm)
@@ -191,18 +195,21 @@ def _pruned(case: Case, arm: str) -> Result:
         bare.append(case.error(model))
         case.retrain(model, number, rounds, 0.0 if with_l1 else DECAY)
 
-    ratio = float(arm.rpartition("-")[2])
-    found = magnitude.prune(case.dense, case.x[:1], ratio, case.judge, retrain, rounds, L1 if with_l1 else 0.0)
+    found = magnitude.prune(case.dense, case.x[:1], _ratio(arm), case.judge, retrain, rounds, L1 if with_l1 else 0.0)
     left, total = masks.kept(found.masks)
     return {
         "error": case.error(found.model),
-        "error_before_retraining": bare[0],
+        **({"error_before_retraining": bare[0]} if rounds == 1 else {}),
         "ratio": total / left,
         "kept": found.rounds[-1].kept,
         "rounds": [{"left": r.left, "qualities": r.qualities, "score": r.score} for r in found.rounds],
         **_smaller(case, found.model),
         **(_pixels(case, found.masks["1.weight"]) if case.net == "lenet-300-100" else {}),
     }
+
+
+def _ratio(arm: str) -> float:
+    return float(arm.rpartition("-")[2])
 
 
 def _local(case: Case) -> Result:
