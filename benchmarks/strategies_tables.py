@@ -16,14 +16,14 @@ FOLDER = "strategies"
 MACS = "knapsack-macs"  # priced by multiply-adds, as many of them as the latency allows
 ONCE = ("uniform", "knapsack", MACS, "magnitude", "soft")  # one plan for all seeds
 BY = "-by-accuracy"  # the same candidates, the most accurate one taken instead of that of least loss
-TRIED = ("rl", "rl-rate-0", "random-search", "genetic", f"random-search{BY}", f"genetic{BY}")
+TRIED = ("rl", "rl-rate-0", "random-search", "genetic", f"rl{BY}", f"random-search{BY}", f"genetic{BY}")
 PLAIN = "knapsack-ce"  # the knapsack's plan, trained on labels alone
 SCORED = {"channels-l2": "l2", "channels-taylor": "taylor", "channels-random": "random"}  # its widths, other channels
 BORROWED = (PLAIN, *SCORED)
 ARMS = ("dense", *ONCE, *BORROWED, "random", *TRIED)
 PAIRS = (
     ("rl", "random-search"), ("rl", "rl-rate-0"), ("rl", "uniform"), ("genetic", "random-search"), ("rl", "knapsack"),
-    (f"random-search{BY}", "random-search"), (f"genetic{BY}", "genetic"), ("knapsack", "uniform"), ("knapsack", MACS),
+    (f"rl{BY}", "rl"), (f"rl{BY}", "knapsack"), (f"random-search{BY}", "random-search"), (f"genetic{BY}", "genetic"), ("knapsack", "uniform"), ("knapsack", MACS),
     ("knapsack", PLAIN), *(("knapsack", other) for other in SCORED),
 )  # fmt: skip
 MARKS = (25, 50, 100, 150, 200, 300)  # evaluations after which the best so far is noted
