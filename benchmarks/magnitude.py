@@ -2,19 +2,24 @@
 
     python benchmarks/magnitude.py --data DIR                  every arm that is not in the results yet
     python benchmarks/magnitude.py --data DIR --net lenet-5 --seeds 1 --most 1    a part of it; one arm, then stop
-    python benchmarks/magnitude.py --table                     the table alone
+    python benchmarks/magnitude.py --data DIR --recipe full    the same, retrained at the dense network's learning rate
+    python benchmarks/magnitude.py --table                     the tables alone
 
 DIR holds mnist_train.npz and mnist_test.npz (x: uint8 images, y: labels). The rule by which thresholds are chosen was
 settled after errors on MNIST's test images had been seen, for seeds 0 to 2. So the error is of other images: 10,000 of
 the 60,000 training images, always the same ones, which nothing was chosen by; the test images join the other 50,000, of
 which 5,000 steer (the sensitivity scan judges by their cross entropy) and 55,000 train; and seeds begin at 3. Every arm
-of a seed starts from the same dense network and retrains for the same number of steps at a tenth of its learning rate:
+of a seed starts from the same dense network and retrains for the same number of steps, at a tenth of its learning rate
+(recipe "tenth", the paper's) or at all of it ("full", chosen by benchmarks/magnitude_recipes.py, with seeds from 6 for
+LeNet-300-100, where those before had been looked at). Each round of retraining takes its rate from the full one to
+zero; what has no rounds takes as many of these as `rounds` under "full", and one under "tenth":
 
     dense        the reference, and with the extra training that every other arm gets
     once-12      12x in one round; also its error before retraining
-    random-12    as many weights of each layer as once-12, drawn at random
+    bare-12      12x in one round, and no retraining
+    random-12    as many weights of each layer as once-12 ("full": rounds-12), drawn at random
     rounds-12    12x in 5 rounds
-    l1-12        12x in one round, absolute weights instead of squares in the loss
+    l1-12        12x in one round, absolute weights instead of squares in the loss; l1-rounds-12 in 5
     once-20      20x in one round
     rounds-20    20x in 5 rounds
     local-12     LeNet-5, 12x: linear layers while convolutions are frozen, then convolutions while those are
@@ -27,6 +32,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -42,10 +48,12 @@ from edgeprune import finetune, magnitude
 from edgeprune.magnitude import masks, sparse
 
 HERE = Path(__file__).resolve().parent / "mnist"
-RESULT = "magnitude"
-ARMS = ("dense", "once-12", "random-12", "once-20", "rounds-20", "l1-12", "rounds-12", "local-12")
+ARMS = (
+    *("dense", "bare-12", "once-12", "rounds-12", "random-12", "once-20", "rounds-20", "l1-12", "l1-rounds-12"),
+    *("local-12",),
+)
 LOCAL = ((["0", "2"], 14.0), (["5", "7"], 3.7))  # what is frozen, and how much of the rest is pruned: 12x in all
-FIRST_SEED, HELD_OUT = 3, 10_000
+HELD_OUT = 10_000
 BATCH, DECAY, L1, ROUNDS = 100, 5e-4, 2e-5, 5
 Result = dict[str, Any]
 
@@ -70,11 +78,28 @@ NETS: dict[str, tuple[Callable[[], nn.Module], float, int, int]] = {  # how, lea
 }
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How networks are trained again."""
+
+    result: str
+    rate: float  # of the dense network's
+    cycles: int  # from this rate to zero, where there are no rounds
+    drawn_as: str  # the arm whose share of each layer random ones have
+    first_seed: Mapping[str, int]
+
+
+RECIPES = {
+    "tenth": Recipe("magnitude", 0.1, 1, "once-12", {"lenet-300-100": 3, "lenet-5": 3}),
+    "full": Recipe("magnitude-full", 1.0, ROUNDS, "rounds-12", {"lenet-300-100": 6, "lenet-5": 3}),
+}
+
+
 class Case:
     """One dense network of one seed, and its images."""
 
-    def __init__(self, net: str, seed: int, folder: Path) -> None:
-        self.net, self.seed = net, seed
+    def __init__(self, net: str, seed: int, folder: Path, recipe: Recipe) -> None:
+        self.net, self.seed, self.recipe = net, seed, recipe
         self.build, self.rate, self.epochs, self.again = NETS[net]
         (self.x, self.y), self.test = images(folder)
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(1000 + seed))
@@ -91,6 +116,12 @@ class Case:
             self.train(model, self.epochs, self.rate, 0)
             finetune.save_tensors(model.state_dict(), path)
         return model
+
+    def retrain(self, model: nn.Module, number: int = 1, rounds: int = 1, decay: float = DECAY) -> None:
+        """What falls to one of so many rounds; the same images in the same order, however many there are."""
+        cycles = max(1, self.recipe.cycles // rounds)
+        for cycle in range(cycles):
+            self.train(model, self.again // (rounds * cycles), self.rate * self.recipe.rate, number + cycle, decay)
 
     def train(self, model: nn.Module, epochs: int, rate: float, salt: int, decay: float = DECAY) -> None:
         optimiser = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=decay, nesterov=True)
@@ -128,10 +159,10 @@ def images(folder: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     held[np.random.Generator(np.random.PCG64(2015)).permutation(len(held))[:HELD_OUT]] = True
     x, y = parts[0]
     learn = [np.concatenate([part[~held], more]) for part, more in zip(parts[0], parts[1], strict=True)]
-    return (_pixels_of(learn[0]), torch.from_numpy(learn[1])), (_pixels_of(x[held]), torch.from_numpy(y[held]))
+    return (pixels_of(learn[0]), torch.from_numpy(learn[1])), (pixels_of(x[held]), torch.from_numpy(y[held]))
 
 
-def _pixels_of(x: NDArray[np.uint8]) -> Tensor:
+def pixels_of(x: NDArray[np.uint8]) -> Tensor:
     pixels = torch.from_numpy(x).float().div_(255).unsqueeze(1)
     return ((pixels - 0.1307) / 0.3081).to(memory_format=torch.channels_last)
 
@@ -144,29 +175,31 @@ def run(case: Case, arm: str, results: Mapping[str, Result]) -> Result:
         reference = case.error(case.dense)
         model = case.build()
         model.load_state_dict(case.dense.state_dict())
-        case.train(model, case.again, case.rate / 10, 1)
+        case.retrain(model)
         params = sum(p.numel() for p in model.parameters())
         return {"reference_error": reference, "error": case.error(model), "params": params}
+    if arm.startswith("bare"):
+        bare = magnitude.prune(case.dense, case.x[:1], _ratio(arm), case.judge, lambda model, number: None)
+        return {"error": case.error(bare.model), "ratio": _ratio(arm), "kept": bare.rounds[-1].kept}
     if arm.startswith("random"):
-        return _random(case, results[key(case, "once-12")]["kept"])
+        return _random(case, results[key(case, case.recipe.drawn_as)]["kept"])
     return _local(case) if arm.startswith("local") else _pruned(case, arm)
 
 
 def _pruned(case: Case, arm: str) -> Result:
-    rounds = ROUNDS if arm.startswith("rounds") else 1
+    rounds = ROUNDS if "rounds" in arm else 1
     with_l1 = arm.startswith("l1")
     bare: list[float] = []
 
     def retrain(model: nn.Module, number: int) -> None:
         bare.append(case.error(model))
-        case.train(model, case.again // rounds, case.rate / 10, number, 0.0 if with_l1 else DECAY)
+        case.retrain(model, number, rounds, 0.0 if with_l1 else DECAY)
 
-    ratio = float(arm.rpartition("-")[2])
-    found = magnitude.prune(case.dense, case.x[:1], ratio, case.judge, retrain, rounds, L1 if with_l1 else 0.0)
+    found = magnitude.prune(case.dense, case.x[:1], _ratio(arm), case.judge, retrain, rounds, L1 if with_l1 else 0.0)
     left, total = masks.kept(found.masks)
     return {
         "error": case.error(found.model),
-        "error_before_retraining": bare[0],
+        **({"error_before_retraining": bare[0]} if rounds == 1 else {}),
         "ratio": total / left,
         "kept": found.rounds[-1].kept,
         "rounds": [{"left": r.left, "qualities": r.qualities, "score": r.score} for r in found.rounds],
@@ -175,12 +208,16 @@ def _pruned(case: Case, arm: str) -> Result:
     }
 
 
+def _ratio(arm: str) -> float:
+    return float(arm.rpartition("-")[2])
+
+
 def _local(case: Case) -> Result:
     model, held, bare = case.dense, dict[str, Tensor](), list[float]()
 
     def retrain(model: nn.Module, number: int) -> None:
         bare.append(case.error(model))
-        case.train(model, case.again // len(LOCAL), case.rate / 10, len(bare))
+        case.retrain(model, len(bare), len(LOCAL))
 
     for frozen, ratio in LOCAL:
         found = magnitude.prune(model, case.x[:1], ratio, case.judge, retrain, frozen=frozen)
@@ -206,7 +243,7 @@ def _random(case: Case, kept: Mapping[str, float]) -> Result:
         order = torch.rand(shape.numel(), generator=draw).argsort()
         drawn[name] = (order < round(share * shape.numel())).view(shape)
     with masks.held(model, drawn):
-        case.train(model, case.again, case.rate / 10, 1)
+        case.retrain(model)
     left, total = masks.kept(drawn)
     return {"error": case.error(model), "ratio": total / left, "kept": dict(kept)}
 
@@ -268,7 +305,7 @@ def table(results: Mapping[str, Result]) -> str:
                 [net, arm, str(len(found)), f"{statistics.mean(r['ratio'] for r in found):.1f}x", _mean(found, "error"),
                  _mean(found, "error_before_retraining"), kept, size]
             )  # fmt: skip
-    header = ["network", "arm", "seeds", "weights", "test error %", "before retraining", "left by layer %", "file"]
+    header = ["network", "arm", "seeds", "weights", "error %", "before retraining", "left by layer %", "file"]
     return record.table(header, rows)
 
 
@@ -282,28 +319,41 @@ def _mean(found: list[Result], name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--recipe", choices=list(RECIPES), default="tenth")
     parser.add_argument("--net", choices=list(NETS), action="append")
     parser.add_argument("--seeds", type=int, default=3, help="number of them")
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
     parser.add_argument("--most", type=int, default=1000, help="arms in this call")
     parser.add_argument("--table", action="store_true")
     asked = parser.parse_args()
-    results: dict[str, Result] = (record.load(RESULT) or {}).get("results", {})
     if not asked.table:
         torch.set_num_threads(1)
-        seeds = range(FIRST_SEED, FIRST_SEED + asked.seeds)
-        arms = {n: [a for a in asked.arms if n == "lenet-5" or not a.startswith("local")] for n in NETS}
-        todo = [(n, s, a) for n in asked.net or NETS for a in arms[n] for s in seeds]
-        todo = [t for t in todo if "/".join(map(str, t)) not in results][: asked.most]
-        cases: dict[tuple[str, int], Case] = {}
-        for net, seed, arm in todo:
-            case = cases.setdefault((net, seed), Case(net, seed, asked.data))
-            began = time.process_time()
-            found = {**run(case, arm, results), "cpu_s": time.process_time() - began}
-            results = {**(record.load(RESULT) or {}).get("results", {}), key(case, arm): found}  # others may add to it
-            record.save(RESULT, {"command": "python benchmarks/magnitude.py --data DIR", "results": results})
-            print(key(case, arm), f"{results[key(case, arm)]['error']:.2f} %", flush=True)
-    print(table(results))
+        measure(asked, RECIPES[asked.recipe])
+    for name, recipe in RECIPES.items():
+        print(f"\nRecipe {name}:\n\n{table(known(recipe))}")
+
+
+def measure(asked: argparse.Namespace, recipe: Recipe) -> None:
+    """What is asked for and not known yet, kept arm by arm."""
+    arms = {n: [a for a in asked.arms if n == "lenet-5" or not a.startswith("local")] for n in NETS}
+    seeds = {n: range(first, first + asked.seeds) for n, first in recipe.first_seed.items()}
+    todo = [(n, s, a) for n in asked.net or NETS for s in seeds[n] for a in arms[n]]
+    todo = [t for t in todo if "/".join(map(str, t)) not in known(recipe)][: asked.most]
+    cases: dict[tuple[str, int], Case] = {}
+    for net, seed, arm in todo:
+        case = cases.setdefault((net, seed), Case(net, seed, asked.data, recipe))
+        began = time.process_time()
+        found = {**run(case, arm, known(recipe)), "cpu_s": time.process_time() - began}
+        results = {**known(recipe), key(case, arm): found}  # others may add to it
+        record.save(
+            recipe.result,
+            {"command": f"python benchmarks/magnitude.py --data DIR --recipe {asked.recipe}", "results": results},
+        )
+        print(key(case, arm), f"{found['error']:.2f} %", flush=True)
+
+
+def known(recipe: Recipe) -> dict[str, Result]:
+    return (record.load(recipe.result) or {}).get("results", {})
 
 
 if __name__ == "__main__":

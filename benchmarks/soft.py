@@ -6,22 +6,25 @@
 DIR holds mnist_train.npz and mnist_test.npz (x: uint8 images). The network is 784-256-64-256-784; 55,000 training
 images train it and steer the shares, 10,000 test images give the PSNR and nothing was chosen on them. Every arm ends
 within 0.2 points of the same sparsity (parameters removed), uses the same channel scores (L2), is really cut, and then
-gets the same epoch of training.
+gets the same epoch of training. Against grids of shares: benchmarks/soft_grids.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
+import itertools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import record
 import torch
-from magnitude import images
+from magnitude import pixels_of
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -33,18 +36,30 @@ from edgeprune.soft import Goal, amounts
 RESULT = "soft"
 SPARSITIES, SEEDS, ARMS = (0.3, 0.5, 0.7), 3, ("uniform", "global", "soft")
 EPOCHS, BATCH, RATE = 8, 100, 1e-3
+TRAINED = 55_000  # of the 60,000 training images
 MOST, TOLERANCE, EQUAL = 0.9, 0.02, 0.002
 SETTINGS = soft.Settings(300, 0.1)
 
 
 class Coder(nn.Module):
-    def __init__(self) -> None:
+    """784-256-64-256-784, or with more layers before the last two."""
+
+    def __init__(self, *more: int) -> None:
         super().__init__()
+        sizes = (64, *more, 256)
         self.encoder = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 64), nn.ReLU())
-        self.decoder = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 784))
+        inner = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())]
+        self.decoder = nn.Sequential(*inner, nn.Linear(256, 784))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decoder(self.encoder(x))
+
+
+@functools.cache
+def images(folder: Path, split: str) -> Tensor:
+    """(images, 784)."""
+    with np.load(folder / f"mnist_{split}.npz") as stored:
+        return pixels_of(stored["x"]).flatten(1)
 
 
 def train(model: nn.Module, x: Tensor, epochs: int, seed: int) -> None:
@@ -62,7 +77,7 @@ def psnr(model: nn.Module, x: Tensor) -> float:
 
 
 def run(folder: Path, seed: int, sparsity: float, dense: nn.Module) -> dict[str, Any]:
-    x, test = images(folder, "train")[0].flatten(1)[:55000], images(folder, "test")[0].flatten(1)
+    x, test = images(folder, "train")[:TRAINED], images(folder, "test")
     graph = trace(dense, x[:1])
     scores = importance.score(dense, graph.groups, "l2")
     goal = amounts.sparsity_goal(dense, graph.groups, sparsity, EQUAL)
@@ -136,7 +151,7 @@ def main() -> None:
         torch.set_num_threads(1)
         torch.manual_seed(seed)
         dense = Coder()
-        train(dense, images(asked.data, "train")[0].flatten(1)[:55000], EPOCHS, seed)
+        train(dense, images(asked.data, "train")[:TRAINED], EPOCHS, seed)
         for sparsity in SPARSITIES:
             results[f"{sparsity}/{seed}"] = run(asked.data, seed, sparsity, copy.deepcopy(dense).eval())
             record.save(RESULT, {"command": "python benchmarks/soft.py --data DIR", "results": results})

@@ -11,7 +11,8 @@
 Arms: uniform, knapsack, magnitude and soft, which give one plan for all seeds; random, one draw a seed; and four that
 judge the same number of different networks on images of the search split, anew for each seed: rl, rl with rate 0 (the
 same samples without learning), random-search, genetic. Before a candidate is judged its batch norm is re-estimated on
-256 images. *-by-accuracy are the most accurate ones of the same candidates, instead of those of least loss.
+256 images. *-by-accuracy are the most accurate ones of the same candidates, instead of those of least loss; of rl's
+own, for it moves towards them.
 knapsack-macs prices channels by multiply-adds, as many of them as the latency allows; knapsack-ce is the knapsack's
 plan, trained on labels alone; channels-* are its widths with channels ranked otherwise. Accuracy is of the final half
 of the test images, with batch norm re-estimated on 1,024 images, and after the same short training with distillation.
@@ -144,7 +145,8 @@ class Comparison:
 
     def subject(self, arm: str, share: float, seed: int, scores: Importance | None = None) -> Subject:
         case, task = self.case, Judged(self.case, 0, self.options.batches)
-        folder = Run(record.RESULTS / FOLDER / "journals" / tables.name(arm.removesuffix(BY), share, seed))
+        same = arm if arm.startswith("rl") else arm.removesuffix(BY)  # candidates; where rl goes depends on them
+        folder = Run(record.RESULTS / FOLDER / "journals" / tables.name(same, share, seed))
         return Subject(case.dense, case.graph, case.dense, {}, scores or case.scores, task, folder)
 
     def draws(self, share: float) -> None:

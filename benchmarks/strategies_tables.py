@@ -16,14 +16,15 @@ FOLDER = "strategies"
 MACS = "knapsack-macs"  # priced by multiply-adds, as many of them as the latency allows
 ONCE = ("uniform", "knapsack", MACS, "magnitude", "soft")  # one plan for all seeds
 BY = "-by-accuracy"  # the same candidates, the most accurate one taken instead of that of least loss
-TRIED = ("rl", "rl-rate-0", "random-search", "genetic", f"random-search{BY}", f"genetic{BY}")
+TRIED = ("rl", "rl-rate-0", "random-search", "genetic", f"rl{BY}", f"random-search{BY}", f"genetic{BY}")
 PLAIN = "knapsack-ce"  # the knapsack's plan, trained on labels alone
 SCORED = {"channels-l2": "l2", "channels-taylor": "taylor", "channels-random": "random"}  # its widths, other channels
 BORROWED = (PLAIN, *SCORED)
 ARMS = ("dense", *ONCE, *BORROWED, "random", *TRIED)
 PAIRS = (
     ("rl", "random-search"), ("rl", "rl-rate-0"), ("rl", "uniform"), ("genetic", "random-search"), ("rl", "knapsack"),
-    (f"random-search{BY}", "random-search"), (f"genetic{BY}", "genetic"), ("knapsack", "uniform"), ("knapsack", MACS),
+    (f"rl{BY}", "rl"), (f"rl{BY}", "knapsack"), (f"random-search{BY}", "random-search"), (f"genetic{BY}", "genetic"),
+    ("knapsack", "uniform"), ("knapsack", MACS),
     ("knapsack", PLAIN), *(("knapsack", other) for other in SCORED),
 )  # fmt: skip
 MARKS = (25, 50, 100, 150, 200, 300)  # evaluations after which the best so far is noted
@@ -80,10 +81,11 @@ def _searched(arm: str, share: float, runs: Sequence[Mapping[str, Any]]) -> list
         found = [r["best_so_far"].get(str(mark)) for r in runs]
         return spread(found, 3) if None not in found else "-"
 
-    minutes = [r["processor_seconds"] / 60 * r.get("evaluations", 1) / max(1, r.get("judged_now", 1)) for r in runs]
+    own = [r for r in runs if r.get("judged_now", 1)]  # others took what was judged for another arm
+    minutes = [r["processor_seconds"] / 60 * r.get("evaluations", 1) / r.get("judged_now", 1) for r in own]
     return [
         f"{share:g}", arm, str(len(runs)), *map(at, MARKS), spread([100 * r["accuracy"] for r in runs], 1),
-        f"{np.mean(minutes):.1f}",
+        f"{np.mean(minutes):.1f}" if own else "-",
     ]  # fmt: skip
 
 

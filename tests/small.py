@@ -73,6 +73,9 @@ batch_size = 64
 bn_images = 128
 precision = "32-true"
 """
+QUICK = TOML.replace("[1, 1, 16, 16]", "[1, 1, 8, 8]")
+"""At the digits' own size a network takes little more than its call, so that a plan is found in few measurements also
+on a busy machine: for runs whose subject is not the latency."""
 
 
 def make(folder: Path, toml: str = TOML) -> Path:

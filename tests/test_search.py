@@ -277,6 +277,15 @@ def test_the_genetic_front_is_nearly_that_of_trying_every_network() -> None:
     assert area(space, trying.candidates) > 0.99 * area(space, every)
 
 
+def test_what_a_search_covers_never_shrinks_as_it_goes_on() -> None:
+    space = searching.space(Residual, choices=8)
+    trying = searching.trying(space, useful(space, 0), 100)
+    genetic.search(trying, GeneticSection(), 0)
+    volumes = [area(space, trying.candidates[:count]) for count in range(1, 101)]
+    assert volumes == sorted(volumes)
+    assert volumes[-1] > 1.1 * volumes[10]
+
+
 def test_evolution_covers_more_than_random_networks_of_equal_number() -> None:
     """Begun anywhere; the directed beginning costs a tenth of these evaluations and does not pay off here."""
     space = searching.space()

@@ -161,7 +161,7 @@ SHORT = ("--set", "search.images=100", "--epochs", "0", "--set", "compress.steps
 
 @pytest.mark.slow
 def test_compress_with_rl_is_killed_and_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
-    small.make(tmp_path)
+    small.make(tmp_path, small.QUICK)
     arguments = ("compress", "--strategy", "rl", "--set", "search.evaluations=14", *SHORT)
     process = small.command(*arguments, cwd=tmp_path)
     journal = tmp_path / "runs/001/step-1" / search.JOURNAL
@@ -188,7 +188,7 @@ def test_compress_with_rl_is_killed_and_ends_as_if_it_had_not_been(tmp_path: Pat
 def test_compress_with_genetic_writes_a_front_to_choose_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small.make(tmp_path)
+    small.make(tmp_path, small.QUICK)
     monkeypatch.chdir(tmp_path)
     arguments = ["compress", "--strategy", "genetic", "--quiet", "--set", "search.evaluations=14", *SHORT]
     assert cli.run(arguments) in (0, 1)  # measured on a machine that may be busy

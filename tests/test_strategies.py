@@ -26,7 +26,7 @@ LITTLE = (
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", NAMES)
 def test_compress_goes_from_a_project_to_a_verdict_with(strategy: str, tmp_path: Path) -> None:
-    small.make(tmp_path)
+    small.make(tmp_path, small.QUICK)
     little = [word for setting in LITTLE for word in ("--set", setting)]
     process = small.command("compress", "--strategy", strategy, "--json", *little, cwd=tmp_path)
     out, err = process.communicate(timeout=900)

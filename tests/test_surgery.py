@@ -290,3 +290,14 @@ def test_a_block_that_subtracts_its_input_is_not_offered_for_dropping() -> None:
 
     assert trace(Leaky(), image(2, 6)).blocks == ()
     assert [b.id for b in trace(FusedAttention(), image()).blocks] == ["", "+1"]
+
+
+def test_a_weight_that_is_cut_some_rows_at_a_time_keeps_the_chosen_ones() -> None:
+    """4.2 million numbers, more than LARGE_BYTES, and as many rows as no whole number of blocks holds."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 2051), nn.ReLU(), nn.Linear(2051, 2053), nn.ReLU(), nn.Linear(2053, 2))
+    graph = trace(model, torch.randn(1, 4))
+    keep = {g.id: tuple(sorted(torch.randperm(g.width)[: g.width // 2].tolist())) for g in graph.groups}
+    cut = surgery.cut(model, graph, keep)
+    rows, columns = keep["2"], keep["0"]
+    assert torch.equal(cut.get_parameter("2.weight"), model.get_parameter("2.weight")[rows, :][:, columns])

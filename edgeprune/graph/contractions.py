@@ -37,7 +37,9 @@ def _slid_over(run: Run, op: Op, labels: Labels, axis: int) -> Labels:
     A convolution over channels (efficient channel attention) that keeps their number still works on fewer: it then
     mixes other neighbours, so they are marked inexact. Everything else must be alike along these axes.
     """
-    before, after = run.shape(arguments(op)["input"]), run.recording.values[op.outputs[0]].shape
+    if all(label.axes == (axis,) for label in labels):
+        return labels
+    before, after = run.shape(op.args[0]), run.recording.values[op.outputs[0]].shape
     made: list[Label] = []
     for label in labels:
         slid = [d for d in label.axes if d > axis]
@@ -54,7 +56,9 @@ def _weight_ids(run: Run, weight: Ref) -> tuple[Ids, Ids]:
     """The ids along a convolution weight's first two axes."""
     shape = run.shape(weight)
     kernel = run.why("positions of a convolution kernel")
-    labels = run.ledger.uniform_all(run.of(weight), range(2, len(shape)), kernel)
+    labels = run.of(weight)
+    if len(shape) > 2:
+        labels = run.ledger.uniform_all(labels, range(2, len(shape)), kernel)
     rows, columns = along(labels, 0), along(labels, 1)
     if rows is not None and rows is columns:
         run.ledger.freeze(rows.ids, run.why("a computed weight mixes its inputs and outputs"))
@@ -100,7 +104,7 @@ def _bind_transposed_groups(run: Run, x: Ids, rows: Ids, columns: Ids, groups: i
 
 
 def _bind_bias(run: Run, bias: Ref | None, out: Ids) -> None:
-    if bias is not None:
+    if bias is not None and not run.follow(bias, out):
         ids, _ = channel_ids(run, run.of(bias), 0, run.shape(bias)[0], run.why("a computed bias"))
         run.ledger.unite(ids, out, run.why("a bias of positions that cannot be removed"))
 

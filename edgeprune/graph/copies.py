@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,45 +29,50 @@ class Parts:
     buffers: dict[str, Tensor]
 
     @property
+    def root(self) -> nn.Module:
+        return self.modules[""]
+
+    @cached_property
     def state(self) -> dict[str, Tensor]:
         return self.parameters | self.buffers
 
 
 def parts(model: nn.Module) -> Parts:
     """What `named_modules`, `named_parameters` and `named_buffers` say, in a single walk."""
-    modules: dict[str, nn.Module] = {}
-    found = Parts(modules, {}, {})
-    seen: set[int] = set()
+    found = Parts({}, {}, {})
+    modules, seen = found.modules, {id(model)}
 
-    def visit(path: str, module: nn.Module) -> None:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
+    def take(dot: str, table: Mapping[str, Tensor | None], known: dict[str, Tensor]) -> None:
+        for key, tensor in table.items():
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                known[dot + key] = tensor
+
+    def visit(path: str, dot: str, module: nn.Module) -> None:
         modules[path] = module
-        dot = f"{path}." if path else ""
-        for table, known in ((module._parameters, found.parameters), (module._buffers, found.buffers)):
-            for key, tensor in table.items():
-                if tensor is not None and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    known[dot + key] = tensor
+        if module._parameters:
+            take(dot, module._parameters, found.parameters)
+        if module._buffers:
+            take(dot, module._buffers, found.buffers)
         for key, child in module._modules.items():
-            if child is not None:
-                visit(dot + key, child)
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                visit(dot + key, f"{dot}{key}.", child)
 
-    visit("", model)
+    visit("", "", model)
     return found
 
 
-def without_weights(model: nn.Module) -> nn.Module:
+def without_weights(found: Parts) -> Parts:
     """A copy of the modules that shares every parameter and owns its buffers.
 
     Raises:
         TraceError: the network holds something that cannot be copied.
     """
-    return with_tensors(model, {id(p): p for p in parts(model).parameters.values()})
+    return with_tensors(found, {id(p): p for p in found.parameters.values()})
 
 
-def with_tensors(model: nn.Module, instead: Mapping[int, Tensor]) -> nn.Module:
+def with_tensors(found: Parts, instead: Mapping[int, Tensor]) -> Parts:
     """A copy of the modules with other tensors in the place of some, by their id().
 
     Raises:
@@ -74,25 +80,24 @@ def with_tensors(model: nn.Module, instead: Mapping[int, Tensor]) -> nn.Module:
     """
     memo: dict[int, Any] = dict(instead)
     try:
-        modules = list(parts(model).modules.values())
-        if all(_is_plain(kind) for kind in {type(module) for module in modules}):
-            return _copied(model, modules, memo)
-        return copy.deepcopy(model, memo)
+        if all(_is_plain(kind) for kind in set(map(type, found.modules.values()))):
+            return _copied(found, memo)
+        return parts(copy.deepcopy(found.root, memo))
     except Exception as error:  # a user's module may hold anything
         raise TraceError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); edgeprune never changes "
+            f"{type(found.root).__name__} cannot be copied ({type(error).__name__}: {error}); edgeprune never changes "
             "your model, it works on copies. Remove what cannot be copied (open files, locks, cached tensors)."
         ) from error
 
 
-def switch(model: nn.Module, training: bool) -> nn.Module:
-    """What `model.train(training)` does, in less time where no module has a `train` of its own."""
-    modules = list(parts(model).modules.values())
-    if any(type(m).train is not nn.Module.train or isinstance(m, torch.jit.ScriptModule) for m in modules):
-        return model.train(training)
-    for module in modules:
+def switch(found: Parts, training: bool) -> nn.Module:
+    """What `train(training)` does to a network, in less time where no module has a `train` of its own."""
+    kinds: set[type[nn.Module]] = set(map(type, found.modules.values()))
+    if any(kind.train is not nn.Module.train or issubclass(kind, torch.jit.ScriptModule) for kind in kinds):
+        return found.root.train(training)
+    for module in found.modules.values():
         vars(module)["training"] = training
-    return model
+    return found.root
 
 
 def _is_plain(kind: type) -> bool:
@@ -103,29 +108,29 @@ def _is_plain(kind: type) -> bool:
     return not any(name in vars(c) for c in own for name in (*CUSTOM, "__slots__"))
 
 
-def _copied(model: nn.Module, modules: Sequence[nn.Module], memo: dict[int, Any]) -> nn.Module:
+def _copied(found: Parts, memo: dict[int, Any]) -> Parts:
     """What deepcopy makes, without its bookkeeping for each of a module's dozen empty dictionaries."""
-    for module in modules:
+    for module in found.modules.values():
         memo[id(module)] = type(module).__new__(type(module))
-    for module in modules:
-        made = memo[id(module)].__dict__
-        for key, value in module.__dict__.items():
+    for module in found.modules.values():
+        made = vars(memo[id(module)])
+        made.update(vars(module))
+        for key, value in vars(module).items():
             kind = type(value)
-            if kind in PLAIN:
-                made[key] = value
-            elif kind in EMPTY and not value:
+            if kind in EMPTY and not value:
                 made[key] = kind()
-            else:
+            elif kind not in PLAIN:
                 made[key] = _value(key, value, memo)
-    copied: nn.Module = memo[id(model)]
-    return copied
+    tables = (found.modules, found.parameters, found.buffers)
+    return Parts(*({name: memo[id(item)] for name, item in table.items()} for table in tables))
 
 
 def _value(key: str, value: Any, memo: dict[int, Any]) -> Any:
-    if key in TABLES and type(value) is dict:
+    kind = type(value)
+    if kind is dict and key in TABLES:
         return {name: _entry(item, memo) for name, item in value.items()}
-    if type(value) is tuple and all(type(item) in PLAIN for item in value):
-        return value
+    if kind in (tuple, list) and PLAIN.issuperset(map(type, value)):
+        return value if kind is tuple else memo.setdefault(id(value), list(value))
     return copy.deepcopy(value, memo)
 
 

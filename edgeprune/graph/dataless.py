@@ -133,7 +133,9 @@ def _signature(tree: Any) -> Any:
 
 
 def _have_data(written: Sequence[Any]) -> bool:
-    return any(leaf.device != META for leaf in tree_leaves(written) if isinstance(leaf, Tensor))
+    if len(written) == 1 and isinstance(written[0], Tensor):
+        return not written[0].is_meta
+    return any(not leaf.is_meta for leaf in tree_leaves(written) if isinstance(leaf, Tensor))
 
 
 # ---- shapes; None: let PyTorch find it, or say what is wrong -----------------------------------------------------

@@ -93,13 +93,11 @@ def build(
     inexact = _first_mark([(a, None) for a, _ in ledger.inexact], classes)
     names = slices.cls[slices.first]
     free = np.flatnonzero(stay[names] < 0)
-    _, bucket = np.unique(slices.signatures()[free], return_inverse=True)
+    members_of = _alike(slices.signatures()[free], slices.position[slices.first[free]])
     groups: list[ChannelGroup] = []
     units: list[Ids] = []
     reasons = [reason for _, _, reason in ledger.stay] + [ONE_UNIT]
-    by_bucket = np.split(free[np.argsort(bucket, kind="stable")], np.cumsum(np.bincount(bucket))[:-1])
-    for members in sorted((b for b in by_bucket if len(b)), key=lambda b: int(slices.ids[slices.first[b]].min())):
-        members = members[np.argsort(slices.position[slices.first[members]], kind="stable")]
+    for members in sorted([free[each] for each in members_of], key=lambda m: int(slices.ids[slices.first[m]].min())):
         if len(members) < 2:
             stay[names[members]] = len(reasons) - 1
             continue
@@ -108,6 +106,16 @@ def build(
         groups.append(_group(slices, members, role_of, why))
         units.append(names[members])
     return _named(groups), units, _frozen(stay, slices, reasons)
+
+
+def _alike(signatures: NDArray[np.uint64], position: Ids) -> list[Ids]:
+    """Where equal signatures stand, by position; they mostly follow each other."""
+    if not len(signatures):
+        return []
+    begin = np.flatnonzero(np.append(True, signatures[1:] != signatures[:-1]))
+    _, number = np.unique(signatures[begin], return_inverse=True)
+    bucket = np.repeat(number, np.diff(begin, append=len(signatures)))
+    return np.split(np.lexsort((position, bucket)), np.cumsum(np.bincount(bucket))[:-1])
 
 
 def _first_mark(parts: Sequence[tuple[Ids, Ids | None]], classes: Ids) -> Ids:
@@ -132,6 +140,8 @@ def _roles(slices: Slices, unions: Unions, roles: Sequence[tuple[Ids, str]]) -> 
 
     def role_of(number: int, position: int) -> str:
         first = slices.axes[number].first
+        if slices.axes[number].follows:
+            return "scale"
         return parts.get(first + position) or whole.get(unions.at(first)) or "scale"
 
     return role_of
@@ -140,11 +150,11 @@ def _roles(slices: Slices, unions: Unions, roles: Sequence[tuple[Ids, str]]) -> 
 def _group(slices: Slices, members: Ids, role_of: RoleOf, inexact: str) -> ChannelGroup:
     width, per_unit = len(members), int(slices.size[members[0]])
     at = slices.first[members][:, None] + np.arange(per_unit)  # (width, slices a unit)
-    table, axes = slices.position[at], slices.axis[at[0]]  # (width, slices a unit), (slices a unit,) ascending
-    first = np.flatnonzero(np.diff(axes, prepend=-1)).tolist()
+    table, axes = slices.position[at], slices.axis[at[0]].tolist()  # (width, slices a unit), (slices a unit,) ascending
+    first = [place for place, axis in enumerate(axes) if not place or axis != axes[place - 1]]
     positions: dict[int, Ids] = {}
     for begin, end in zip(first, [*first[1:], per_unit], strict=True):
-        positions |= dict.fromkeys(slices.followers[int(axes[begin])], table[:, begin:end])
+        positions |= dict.fromkeys(slices.followers[axes[begin]], table[:, begin:end])
     made = []
     for number in sorted(positions):
         axis, where = slices.axes[number], positions[number]
@@ -169,16 +179,19 @@ def _named(groups: list[ChannelGroup]) -> list[ChannelGroup]:
 
 def _frozen(stay: Ids, slices: Slices, reasons: list[str]) -> list[FrozenChannels]:
     """Frozen channels by reason, most channels first."""
-    number, axis = stay[slices.cls], slices.axis
-    number, axis = number[number >= 0], axis[number >= 0]
-    numbers, which = np.unique(number, return_inverse=True)
+    number = stay[slices.cls]
+    number, axis = number[number >= 0], slices.axis[number >= 0]
+    used = np.bincount(number, minlength=len(reasons)) > 0
+    pair = (np.cumsum(used) - 1)[number] * len(slices.axes) + axis
+    counts = np.bincount(pair)
+    numbers = np.flatnonzero(used).tolist()
     found: dict[str, tuple[int, set[str]]] = {}
-    pairs, counts = np.unique(which * len(slices.axes) + axis, return_counts=True)
-    for pair, here in zip(pairs.tolist(), counts.tolist(), strict=True):
-        why = reasons[numbers[pair // len(slices.axes)]]
-        followers = slices.followers[pair % len(slices.axes)]
+    for each in np.flatnonzero(counts).tolist():
+        why = reasons[numbers[each // len(slices.axes)]]
+        followers = slices.followers[each % len(slices.axes)]
         count, tensors = found.get(why, (0, set()))
-        found[why] = (count + here * len(followers), tensors | {slices.axes[number].name for number in followers})
+        count += int(counts[each]) * len(followers)
+        found[why] = (count, tensors | {slices.axes[leader].name for leader in followers})
     frozen = [FrozenChannels(tuple(sorted(t)), n, why) for why, (n, t) in found.items()]
     return sorted(frozen, key=lambda f: -f.channels)
 
@@ -193,6 +206,8 @@ def prunable(axes: Sequence[StateAxis], free: NDArray[np.bool_], shapes: Shapes)
     """
     before = np.concatenate([[0], np.cumsum(free)])  # ids in units before each id
     stays = {name: float(math.prod(shape)) for name, shape in shapes.items()}
-    for axis in axes:
-        stays[axis.name] *= 1.0 - float(before[axis.first + axis.size] - before[axis.first]) / axis.size
+    first, size = (np.array(each, dtype=np.int64) for each in ([a.first for a in axes], [a.size for a in axes]))
+    shares = (before[first + size] - before[first]) / size
+    for axis, share in zip(axes, shares.tolist(), strict=True):
+        stays[axis.name] *= 1.0 - share
     return {name: round(math.prod(shapes[name]) - left) for name, left in stays.items()}

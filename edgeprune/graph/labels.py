@@ -8,8 +8,7 @@ position is removed when any of its ids is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,15 +30,14 @@ class Label:
     ids: Ids  # ndim of the tensor, size 1 along axes whose positions are alike
     vanishes: bool  # with a channel's parameters at zero, its positions are exactly zero
     copies: bool = False  # `expand` made the positions: there may be as few as the partner needs
+    axes: tuple[int, ...] = field(init=False)  # along which ids differ
 
     def on(self, ids: Ids) -> Label:
         """The same label after its positions moved."""
         return Label(ids, self.vanishes, self.copies)
 
-    @cached_property
-    def axes(self) -> tuple[int, ...]:
-        """The axes along which ids differ."""
-        return tuple([d for d, n in enumerate(self.ids.shape) if n > 1])
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "axes", tuple([d for d, n in enumerate(self.ids.shape) if n > 1]))
 
 
 Labels = tuple[Label, ...]
@@ -77,4 +75,4 @@ def as_tensor(ids: Ids) -> Tensor:
 
 def on_axis(ids: Ids, axis: int, ndim: int) -> Ids:
     """`ids`, shape (n,), along one of `ndim` axes; the others have size 1."""
-    return ids.reshape((1,) * axis + (-1,) + (1,) * (ndim - 1 - axis))
+    return ids.reshape((1,) * axis + (-1,) + (1,) * (ndim - 1 - axis)) if ndim > 1 else ids

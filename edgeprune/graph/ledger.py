@@ -78,6 +78,9 @@ class Ledger:
             vanishes: given which operands are zero at a removed channel, is the result zero?
             reason: for channels that meet positions which always stay.
         """
+        alone = [labels[0] for labels, _ in operands if len(labels) == 1 and not labels[0].copies]
+        if alone and len(alone) == len(operands) and len({(len(x.ids.shape), x.axes) for x in alone}) == 1:
+            return (Label(self._united(alone, reason), vanishes(tuple([label.vanishes for label in alone]))),)
         ndim = max([len(shape) for _, shape in operands], default=0)
         aligned = [
             (labels, shape) if len(shape) == ndim else (_align(labels, ndim), _pad_shape(shape, ndim))
@@ -116,13 +119,7 @@ class Ledger:
         axes = sorted({axis for _, label in cluster for axis in label.axes})
         wide = [label for owner, label in cluster if not _narrow(label, axes, operands[owner][1])]
         narrow = [label for owner, label in cluster if wide and _narrow(label, axes, operands[owner][1])]
-        first, *others = wide or [label for _, label in cluster]
-        merged = first.ids
-        for label in others:
-            if label.ids is not merged:
-                self.unite(merged, label.ids, reason)
-                whole = self.ids.whole(merged) is not None and merged.shape == label.ids.shape
-                merged = merged if whole else self.ids.simpler(np.maximum(merged, label.ids), label.ids)
+        merged = self._united(wide or [label for _, label in cluster], reason)
         self.beside += [(label, merged) for label in narrow]
         apart = [shape for owner, (_, shape) in enumerate(operands) if owner not in owners]
         fixed = [axis for axis in axes if any(shape[axis] > 1 for shape in apart)]
@@ -130,6 +127,16 @@ class Ledger:
             return merged
         left = self.uniform(Label(merged, False), fixed, reason)
         return merged if left is None else left.ids
+
+    def _united(self, labels: Sequence[Label], reason: str) -> Ids:
+        """The ids of labels that are one, position by position."""
+        merged = labels[0].ids
+        for label in labels[1:]:
+            if label.ids is not merged:
+                self.unite(merged, label.ids, reason)
+                whole = self.ids.whole(merged) is not None and merged.shape == label.ids.shape
+                merged = merged if whole else self.ids.simpler(np.maximum(merged, label.ids), label.ids)
+        return merged
 
     # -- running structure as it is --------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ EXACT_SUMS = ("sum", "linalg_vector_norm", "norm")
 def _bind_scales(run: Run, scales: list[Ref | None], channel: Ids) -> Ids:
     """One number a channel: weights, biases and running statistics follow it. Returns the ids to go on with."""
     for scale in scales:
-        if scale is None:
+        if scale is None or run.follow(scale, channel):
             continue
         ids, _ = channel_ids(run, run.of(scale), 0, run.shape(scale)[0], run.why("a computed scale"))
         run.play(ids, "scale")

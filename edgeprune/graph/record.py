@@ -20,7 +20,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
 from ..errors import TraceError
-from .copies import switch, without_weights
+from .copies import parts, switch, without_weights
 from .dataless import Dataless
 from .recorder import Recorder
 from .recording import Recording
@@ -60,10 +60,12 @@ def record(
     args, kwargs = as_call(example)
     dataless = Dataless.beside([leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
     tries: list[Dataless | None] = [dataless, None] if like is None else [None if like.with_data else dataless]
+    found = parts(model)
     for hollow in tries:
-        runner = switch(without_weights(model), training)
+        copied = without_weights(found)
+        runner = switch(copied, training)
         with undisturbed():
-            recorder = Recorder(runner, has_rule, training, hollow)
+            recorder = Recorder(copied, has_rule, training, hollow)
             try:
                 recorder.run(runner, args, kwargs)
                 break

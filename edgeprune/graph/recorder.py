@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from .copies import parts
+from .copies import Parts
 from .dataless import META, Dataless, NeedsData
 from .recording import Call, Op, Recording, Ref, Value
 
@@ -42,7 +42,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(
         self,
-        model: nn.Module,
+        found: Parts,
         has_rule: Callable[[OpOverload[..., Any]], bool],
         training: bool,
         dataless: Dataless | None,
@@ -55,7 +55,6 @@ class Recorder(TorchDispatchMode):
         self._refs_of: dict[int, Ref] = {}  # by the tensor's id()
         self._keep: list[Tensor] = []  # every tensor stays alive, so that its id stays its own
         self._path = ""
-        found = parts(model)
         self.recording.parameters = tuple(found.parameters)
         for path, module in found.modules.items():
             self._wrap(path, module)
@@ -70,13 +69,13 @@ class Recorder(TorchDispatchMode):
         self.recording.inputs = tuple(ref.value for ref in made)
         with self:
             output = runner(*args, **kwargs)
-        self.recording.output = self._refs(_plain(output))
+        self.recording.output = self._refs(_plain(output), [])
 
     # -- tensors ---------------------------------------------------------------------------------------------
 
     def _new(self, tensor: Tensor, source: str, name: str = "", from_input: bool = False) -> Ref:
         dtype = tensor.dtype
-        keep = source == "constant" or (source in ("state", "op") and not from_input and not dtype.is_floating_point)
+        keep = not from_input and (source == "constant" or (source != "input" and not dtype.is_floating_point))
         if keep and self._dataless is not None and tensor.device == META:
             raise NeedsData("a constant has no data")
         constant = tensor.detach() if keep else None
@@ -87,26 +86,25 @@ class Recorder(TorchDispatchMode):
         self._keep.append(tensor)
         return ref
 
-    def _refs(self, tree: Any) -> Any:
-        """The tree with its tensors replaced by references."""
+    def _refs(self, tree: Any, found: list[Ref]) -> Any:
+        """The tree with its tensors replaced by references, which are appended to `found` in order."""
         kind = type(tree)
-        if kind in TENSORS:
-            return self._refs_of.get(id(tree)) or self._new(tree, "constant")
         if kind in PLAIN:
             return tree
-        if kind is tuple:
-            return tuple([self._refs(item) for item in tree])
-        if kind is list:
-            return [self._refs(item) for item in tree]
+        if kind in TENSORS or isinstance(tree, Tensor):
+            ref = self._refs_of.get(id(tree)) or self._new(tree, "constant")
+            found.append(ref)
+            return ref
+        if kind is tuple or kind is list:
+            made = [item if type(item) in PLAIN else self._refs(item, found) for item in tree]
+            return made if kind is list else tuple(made)
         if kind is dict:
-            return {key: self._refs(item) for key, item in tree.items()}
-        if isinstance(tree, Tensor):
-            return self._refs_of.get(id(tree)) or self._new(tree, "constant")
+            return {key: self._refs(item, found) for key, item in tree.items()}
         if isinstance(tree, (int, float, str)):
             return tree
         if tree == META and self._dataless is not None:  # what is written down is the call with data
             return self._dataless.device
-        return tree_map(lambda leaf: self._refs(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+        return tree_map(lambda leaf: self._refs(leaf, found) if isinstance(leaf, Tensor) else leaf, tree)
 
     # -- modules ---------------------------------------------------------------------------------------------
 
@@ -125,7 +123,7 @@ class Recorder(TorchDispatchMode):
         def recorded(*args: Any, **kwargs: Any) -> Any:
             outer, first = self._path, len(self.recording.ops)
             self._path = path
-            given, named = self._refs(args), self._refs(kwargs)
+            given, named = self._refs(args, []), self._refs(kwargs, [])
             try:
                 output = forward(*args, **kwargs)
             finally:
@@ -139,7 +137,7 @@ class Recorder(TorchDispatchMode):
         running: list[tuple[str, int, Any, Any]] = []
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            running.append((self._path, len(self.recording.ops), self._refs(args), self._refs(kwargs)))
+            running.append((self._path, len(self.recording.ops), self._refs(args, []), self._refs(kwargs, [])))
             self._path = path
 
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -151,7 +149,7 @@ class Recorder(TorchDispatchMode):
 
     def _called(self, path: str, args: Any, kwargs: Any, output: Any, first: int) -> None:
         last = len(self.recording.ops)
-        self.recording.calls.append(Call(path, args, kwargs, self._refs(_plain(output)), first, last))
+        self.recording.calls.append(Call(path, args, kwargs, self._refs(_plain(output), []), first, last))
 
     # -- operators -------------------------------------------------------------------------------------------
 
@@ -167,11 +165,10 @@ class Recorder(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         recording = self.recording
-        call_args, call_kwargs = self._refs(args), self._refs(kwargs)
         refs: list[Ref] = []
-        _collect(call_args, refs)
-        _collect(call_kwargs, refs)
-        from_input = any(recording.values[ref.value].from_input for ref in refs)
+        call_args, call_kwargs = self._refs(args, refs), self._refs(kwargs, refs)
+        values = recording.values
+        from_input = any(values[ref.value].from_input for ref in refs)
         if kind.reads_data and from_input:
             recording.reads[len(recording.ops)] = _users_line()
         aliases = kind.mutable and _writes_to_view(args)
@@ -179,10 +176,12 @@ class Recorder(TorchDispatchMode):
             result = func(*args, **kwargs)
         else:
             result = self._dataless.call(func, args, kwargs, from_input)
-        leaves = [result] if isinstance(result, Tensor) else tree_flatten(result)[0]
-        outputs = tuple(
-            [self._new(x, "op", from_input=from_input).value if isinstance(x, Tensor) else -1 for x in leaves]
-        )
+        if isinstance(result, Tensor):
+            outputs: tuple[int, ...] = (self._new(result, "op", from_input=from_input).value,)
+        else:
+            leaves = tree_flatten(result)[0]
+            made = [self._new(x, "op", from_input=from_input).value if isinstance(x, Tensor) else -1 for x in leaves]
+            outputs = tuple(made)
         recording.ops.append(Op(func, call_args, call_kwargs, tuple(refs), outputs, self._path, aliases))
         return result
 
@@ -193,16 +192,6 @@ def _kind_of(func: OpOverload[..., Any], has_rule: Callable[[OpOverload[..., Any
         mutable=bool(func._schema.is_mutable),
         reads_data=func._schema.name in READS_DATA,
     )
-
-
-def _collect(tree: Any, refs: list[Ref]) -> None:
-    """Append all references in a tree of arguments, in order."""
-    for item in tree.values() if type(tree) is dict else tree:
-        kind = type(item)
-        if kind is Ref:
-            refs.append(item)
-        elif kind in (list, tuple, dict):
-            _collect(item, refs)
 
 
 def _writes_to_view(args: tuple[Any, ...]) -> bool:

@@ -20,6 +20,9 @@ Rule = Callable[[Run, Op], list[Labels]]
 
 def pointwise(run: Run, op: Op) -> list[Labels]:
     """Element-wise operators: operands' ids are united position by position."""
+    if len(op.refs) == 1 and len(labels := run.of(op.refs[0])) == 1 and not labels[0].copies:
+        zero = zero_where(run, op, (labels[0].vanishes,))
+        return [labels if zero == labels[0].vanishes else (Label(labels[0].ids, zero),)]
     operands = [(run.of(ref), run.shape(ref)) for ref in op.refs]
 
     def vanishes(zero: tuple[bool, ...]) -> bool:
@@ -143,11 +146,11 @@ RULES: dict[str, Rule] = {
 }  # fmt: skip
 
 # these label their first operand alone: channels of any other one (a sampling grid, an index) have to stay
-OF_ONE_OPERAND = (
+OF_ONE_OPERAND = frozenset([
     structure.as_is, structure.view, structure.same, structure.expand, structure.roll, structure.index,
     structure.index_select, structure.pixel_shuffle, structure.windows, structure.unfold_patches, structure.spatial,
     structure.pad, norms.reduce, norms.softmax, like, constant,
-)  # fmt: skip
+])  # fmt: skip
 
 # not tagged as element-wise by PyTorch, though they are
 MORE_POINTWISE = frozenset(
@@ -197,19 +200,18 @@ def run_labels(run: Run) -> None:
         run.module = op.module
         if at in run.recording.reads:
             doubt = f"follows a decision on the data at {run.recording.reads[at]}"
-        operands = op.refs
-        labelled = [ref for ref in operands if run.of(ref)]
-        if not labelled:
+        if not any(run.of(ref) for ref in op.refs):  # the others are read by the rule
             continue
         if doubt:
-            for ref in labelled:
+            for ref in op.refs:
                 run.ledger.freeze_all(run.of(ref), doubt)
         rule = rule_for(op.func) or unknown
         if rule in OF_ONE_OPERAND:
             for ref in op.refs[1:]:
                 run.ledger.freeze_all(run.of(ref), run.why(f"steers the operator {name_of(op.func)}"))
         outputs = rule(run, op)
-        if op.aliases and (any(ref != op.args[0] for ref in labelled) or _fills_zeros(run, op, outputs)):
+        labelled = [ref for ref in op.refs if run.of(ref)] if op.aliases else []
+        if labelled and (any(ref != op.args[0] for ref in labelled) or _fills_zeros(run, op, outputs)):
             for ref in labelled:
                 run.ledger.freeze_all(run.of(ref), run.why("written in place into part of another tensor"))
         for number, labels in zip(op.outputs, outputs, strict=True):

@@ -24,6 +24,7 @@ class StateAxis:
     axis: int
     first: int
     size: int
+    follows: bool  # the ids were handed out to another axis, which it scales or is added to
 
 
 @dataclass
@@ -61,11 +62,24 @@ class Run:
             made = []
             for axis, size in enumerate(value.shape):
                 if size > 1:
+                    self.state_axes.append(StateAxis(value.name, axis, self.ledger.ids.count, size, False))
                     ids = self.ledger.ids.fresh(size)
-                    self.state_axes.append(StateAxis(value.name, axis, int(ids[0]), size))
                     made.append(Label(on_axis(ids, axis, len(value.shape)), True))
             self.state_labels[value.name] = tuple(made)
         return self.state_labels[value.name]
+
+    def follow(self, ref: Ref, channel: Ids) -> bool:
+        """Give one number a channel, of a parameter that nothing has read yet, the ids of those channels.
+
+        Only where the channels are a whole range: what is to be one anyway need not be united. Says whether it was.
+        """
+        value = self.value(ref)
+        unread = value.source == "state" and value.name not in self.state_labels and value.dtype.is_floating_point
+        if not unread or channel.size < 2 or value.shape != channel.shape or self.ledger.ids.whole(channel) is None:
+            return False
+        self.state_axes.append(StateAxis(value.name, 0, channel.item(0), channel.size, True))
+        self.state_labels[value.name] = (Label(channel, True),)
+        return True
 
     def why(self, text: str) -> str:
         return f"{text} (in {self.module})" if self.module else text
@@ -78,7 +92,7 @@ class Run:
 def arguments(op: Op) -> dict[str, Any]:
     """The operator's arguments by the names of its schema, defaults filled in."""
     names, defaults = signature(op.func)
-    return defaults | dict(zip(names, op.args, strict=False)) | op.kwargs
+    return {**defaults, **dict(zip(names, op.args, strict=False)), **op.kwargs}
 
 
 @functools.cache
@@ -97,6 +111,9 @@ def ids_along(label: Label | None, axis: int, size: int) -> Ids:
 
 def channel_ids(run: Run, labels: Labels, axis: int, size: int, reason: str) -> tuple[Ids, Labels]:
     """Split labels into the ids along a channel axis, shape (size,), and the labels along other axes."""
+    if len(labels) == 1 and labels[0].axes == (axis,):
+        ids = labels[0].ids
+        return ids if ids.ndim == 1 else ids.reshape(-1), ()
     label, rest = single_along(run, labels, axis, reason)
     if label is not None and len(label.axes) > 1:
         label = run.ledger.uniform(label, [d for d in label.axes if d != axis], reason)

@@ -43,9 +43,11 @@ class Unions:
 
     def whole(self, ids: Ids) -> int | None:
         """The number of the range whose ids these are, all of them and in order; None where it cannot be told."""
-        owner = ids if ids.base is None else ids.base
-        number = self._number.get(id(owner))
-        if number is None or ids.size != self._ranges[number].size or not ids.flags.c_contiguous:
+        base = ids.base
+        number = self._number.get(id(ids if base is None else base))
+        if base is None or number is None:
+            return number
+        if ids.size != self._ranges[number].size or not ids.flags.c_contiguous:
             return None
         return number
 
@@ -65,8 +67,8 @@ class Unions:
         one, other = self.whole(a), self.whole(b)
         ranges = one is not None and other is not None
         if ranges and self._classes is None:
-            one, other = sorted((self.leader(one), self.leader(other)))  # type: ignore[arg-type]
-            self._parent[other] = one
+            one, other = self.leader(one), self.leader(other)  # type: ignore[arg-type]
+            self._parent[max(one, other)] = min(one, other)
         else:
             self._links.append((a, b))
         return ranges

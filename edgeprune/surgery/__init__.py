@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import SurgeryError
 from ..graph import ModelGraph
-from ..graph.copies import switch, with_tensors
+from ..graph.copies import parts, switch, with_tensors
 from ..records import ChannelGroup, Keep
 from . import replay
 from .checks import check, dropped_blocks, only_cut
@@ -40,21 +40,22 @@ def cut(model: nn.Module, graph: ModelGraph, keep: Keep) -> nn.Module:
     Raises:
         SurgeryError: a group cut to nothing, units out of range, or a graph of another network.
     """
-    dropped = check(model, graph, keep)
+    found = parts(model)
+    dropped = check(found, graph, keep)
     rewriter = Rewriter(graph, only_cut(keep))
     mode = model.training
-    tensors = sliced(model, rewriter.positions)
+    tensors = sliced(found, rewriter.positions)
     if not dropped:
         for use_attributes in (False, True):
-            candidate = with_tensors(model, tensors)
+            candidate = with_tensors(found, tensors)
             news = set_sizes(candidate, rewriter, use_attributes)
             if use_attributes and not news:
                 break
             if fits(candidate, graph, rewriter):
                 return switch(candidate, mode)
-    root = with_tensors(model, tensors)
+    root = with_tensors(found, tensors)
     set_sizes(root, rewriter, use_attributes=False)
-    return replay.build(model, root, graph, rewriter, dropped).train(mode)
+    return replay.build(model, root.root, graph, rewriter, dropped).train(mode)
 
 
 def positions(graph: ModelGraph, keep: Keep) -> dict[tuple[str, int], Tensor]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
+import operator
 
 from ..errors import SurgeryError
 from ..graph import ModelGraph
-from ..graph.copies import parts
+from ..graph.copies import Parts
 from ..records import Block, Keep
 
 
@@ -14,19 +14,19 @@ def only_cut(keep: Keep) -> Keep:
     return {group: units for group, units in keep.items() if units}
 
 
-def check(model: nn.Module, graph: ModelGraph, keep: Keep) -> tuple[Block, ...]:
+def check(found: Parts, graph: ModelGraph, keep: Keep) -> tuple[Block, ...]:
     """Refuse what makes no sense; returns the blocks to drop."""
-    have = {name: tuple(t.shape) for name, t in parts(model).state.items()}
+    shapes = {name: tensor.shape for name, tensor in found.state.items()}
     for axis in graph.trace.axes:
-        shape = have.get(axis.name, ())
-        if len(shape) <= axis.axis or shape[axis.axis] != axis.size:
+        shape = shapes.get(axis.name)
+        if shape is None or len(shape) <= axis.axis or shape[axis.axis] != axis.size:
             raise SurgeryError(
                 f"this plan belongs to another network: {axis.name} should have {axis.size} slices along axis "
-                f"{axis.axis}, the model has shape {have.get(axis.name)}. Trace this model and plan again."
+                f"{axis.axis}, the model has shape {shape and tuple(shape)}. Trace this model and plan again."
             )
     for group_id, units in keep.items():
         width = graph.group(group_id).width
-        if any(not 0 <= u < width for u in units) or list(units) != sorted(set(units)):
+        if units and not (units[0] >= 0 and units[-1] < width and all(map(operator.lt, units, units[1:]))):
             raise SurgeryError(f"group {group_id} has units 0 to {width - 1}; {units} is not an ascending choice")
     return dropped_blocks(graph, keep)
 

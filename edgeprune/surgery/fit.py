@@ -5,53 +5,70 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..graph.copies import parts
+from ..graph.copies import Parts
 from ..graph.rules import name_of
+from ..graph.run import signature
 from .rewrite import Rewriter
 
 # attribute <- axis of the weight of PyTorch's own layers; `groups`, `num_groups` come from the recorded operators
+LARGE_BYTES, BLOCK_BYTES = 1 << 24, 1 << 20  # new memory for what lies between would take longer than the copying
 SIZES = {"in_features": 1, "out_features": 0, "num_channels": 0, "num_parameters": 0, "embedding_dim": 1}
 
 
-def sliced(model: nn.Module, positions: Mapping[tuple[str, int], Tensor]) -> dict[int, Tensor]:
-    """Sliced copies of the parameters and buffers of `model`, by the id() of the dense ones; tied ones stay tied.
+def sliced(found: Parts, positions: Mapping[tuple[str, int], Tensor]) -> dict[int, Tensor]:
+    """Sliced copies of parameters and buffers, by the id() of the dense ones; tied ones stay tied.
 
     Args:
-        model: the dense network.
+        found: of the dense network.
         positions: (name, axis) -> indices kept.
     """
-    axes: dict[str, list[int]] = {}
-    for owner, axis in positions:
-        axes.setdefault(owner, []).append(axis)
+    kept: dict[str, dict[int, Tensor]] = {}  # tensor -> axis -> indices
+    for (owner, axis), index in positions.items():
+        kept.setdefault(owner, {})[axis] = index
     new: dict[int, Tensor] = {}
-    for name, old in parts(model).state.items():
-        tensor = old.detach()
-        for axis in axes.get(name, ()):
-            tensor = tensor.index_select(axis, positions[name, axis].to(tensor.device))
-        tensor = tensor if name in axes else tensor.clone()
-        new[id(old)] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+    with torch.no_grad():
+        for name, old in found.state.items():
+            tensor = _selected(old, kept[name]) if name in kept else old.clone()
+            new[id(old)] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
     return new
 
 
-def set_sizes(module: nn.Module, rewriter: Rewriter, use_attributes: bool) -> bool:
+def _selected(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """The indices kept along some axes; of a large tensor some rows at a time, so that what lies between is small."""
+    rows = kept.get(0)
+    if rows is None or len(kept) == 1 or tensor.nbytes < LARGE_BYTES:
+        for axis, index in kept.items():
+            tensor = tensor.index_select(axis, index.to(tensor.device))
+        return tensor
+    rest = {axis: index for axis, index in kept.items() if axis}
+    shape = [len(kept[axis]) if axis in kept else size for axis, size in enumerate(tensor.shape)]
+    selected, at = tensor.new_empty(shape), 0
+    for some in rows.split(max(1, BLOCK_BYTES // tensor[0].nbytes)):
+        selected[at : at + len(some)] = _selected(tensor.index_select(0, some.to(tensor.device)), rest)
+        at += len(some)
+    return selected
+
+
+def set_sizes(copied: Parts, rewriter: Rewriter, use_attributes: bool) -> bool:
     """Set the attributes that repeat a size; says whether `use_attributes` set any.
 
     Args:
-        module: the copy with sliced tensors.
+        copied: the network with sliced tensors.
         rewriter: the cut.
         use_attributes: also set integer attributes of modules whose operators need a new size, where an attribute
             holds the old one (`num_heads`, `hidden_dim` ... whatever they are called).
     """
-    modules = dict(module.named_modules(remove_duplicate=False))
-    for part in module.modules():
+    modules = copied.modules
+    for part in modules.values():
         _set_layer_sizes(part)
     wanted: dict[str, dict[int, set[int]]] = {}
     for op in rewriter.recording.ops:
         name, part = name_of(op.func), modules[op.module]
         if name in ("instance_norm", "batch_norm") and isinstance(getattr(part, "num_features", None), int):
-            part.num_features = rewriter.shape(op.outputs[0])[1]  # it may have no tensors of its own
+            vars(part)["num_features"] = rewriter.shape(op.outputs[0])[1]  # it may have no tensors of its own
         changed = rewriter.changed(op)
         if changed is None:
             continue
@@ -89,12 +106,11 @@ def _set_layer_sizes(part: nn.Module) -> None:
 
 
 def _set_groups(part: nn.Module, name: str, changed: Any, func: Any) -> None:
-    names = [spec.name for spec in func._schema.arguments]
     key = {"group_norm": "num_groups"}.get(name, "groups" if name.startswith("conv") else "")
     if not key or not isinstance(getattr(part, key, None), int):
         return
     args, kwargs = changed
-    at = names.index(key)
+    at = signature(func)[0].index(key)
     setattr(part, key, int(args[at] if at < len(args) else kwargs[key]))
     _set_layer_sizes(part)
 

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..graph import ModelGraph, as_call
-from ..graph.copies import switch
+from ..graph.copies import Parts, switch
 from ..graph.dataless import Dataless
 from ..graph.record import undisturbed
 from ..graph.recording import Op
 from ..graph.rules import has_rule, name_of
 from ..graph.run import signature
-from .rewrite import Rewriter, numbers_in
+from .rewrite import Rewriter, alike
 
 SHAPES_TELL = ("split", "split_with_sizes", "chunk", "unsafe_chunk", "unsafe_split", "new_zeros", "zeros")
 
 
-def fits(module: nn.Module, graph: ModelGraph, rewriter: Rewriter) -> bool:
+def fits(copied: Parts, graph: ModelGraph, rewriter: Rewriter) -> bool:
     """Run the module, with sliced tensors, as the dense network was recorded: with data or without."""
     args, kwargs = as_call(graph.example)
     leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -30,7 +30,7 @@ def fits(module: nn.Module, graph: ModelGraph, rewriter: Rewriter) -> bool:
     follower = _Follower(rewriter, dataless)
     try:
         with undisturbed(), follower:
-            switch(module, False)(*args, **kwargs)
+            switch(copied, False)(*args, **kwargs)
     except Exception:  # whatever a forward raises that meets sizes it does not expect
         return False
     return follower.arrived
@@ -68,9 +68,9 @@ class _Follower(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if self._free and self.arrived:
-            return func(*args, **kwargs)
         dense = self._expected[self._at] if not self.arrived else None
+        if dense is None and self._free:
+            return func(*args, **kwargs)
         if dense is None or func is not dense.func or not _same_arguments(args, kwargs, dense, self._rewriter):
             raise _Astray(func)
         values = self._rewriter.recording.values
@@ -81,7 +81,7 @@ class _Follower(TorchDispatchMode):
             result = self._dataless.call(func, args, kwargs, from_input)
         leaves = [result] if isinstance(result, Tensor) else tree_leaves(result)
         for leaf, number in zip(leaves, dense.outputs, strict=True):
-            if number >= 0 and tuple(leaf.shape) != self._rewriter.shape(number):
+            if number >= 0 and leaf.shape != self._rewriter.shape(number):
                 raise _Astray(func)
         self._at += 1
         return result
@@ -97,4 +97,4 @@ def _same_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], dense: Op, re
         names, _ = signature(dense.func)
         starts = [dict(zip(names, given, strict=False)).get("start") or 0 for given in (args, expected[0])]
         return bool(starts[0] == starts[1])
-    return numbers_in((args, kwargs)) == numbers_in(expected)
+    return alike(args, expected[0]) and alike(kwargs, expected[1])

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..graph import ModelGraph
 from ..graph.blocks import branch_state
-from ..graph.copies import without_weights
+from ..graph.copies import parts, without_weights
 from ..graph.rules import has_rule, name_of
 from ..graph.run import arguments
 from ..records import Keep
@@ -24,7 +24,7 @@ def mask(model: nn.Module, graph: ModelGraph, keep: Keep) -> nn.Module:
 
     Channels that a padding brings in (option-A shortcuts) are zeroed where their destination is removed.
     """
-    dropped = check(model, graph, keep)
+    dropped = check(parts(model), graph, keep)
     rewriter = Rewriter(graph, only_cut(keep))
     directions = _directions(rewriter)
     zeroed = {name for block in dropped for name in branch_state(graph.trace.recording, block)}
@@ -52,7 +52,7 @@ def _with_own(model: nn.Module, names: set[str]) -> nn.Module:
     owned = {
         id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for n, p in model.named_parameters() if n in names
     }
-    copied = without_weights(model)
+    copied = without_weights(parts(model)).root
     for part in copied.modules():
         for key, shared in list(part._parameters.items()):
             if id(shared) in owned:

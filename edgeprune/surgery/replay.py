@@ -150,7 +150,15 @@ class _Builder:
         return self.nodes[ref.value]
 
     def _nodes(self, tree: Any) -> Any:
-        return tree_map(lambda leaf: self._node(leaf) if isinstance(leaf, Ref) else leaf, tree)
+        if isinstance(tree, Ref):
+            return self._node(tree)
+        if type(tree) in (tuple, list):
+            return type(tree)([self._nodes(item) for item in tree])
+        if type(tree) is dict:
+            return {key: self._nodes(item) for key, item in tree.items()}
+        if isinstance(tree, (tuple, list, dict)):  # of a kind of its own
+            return tree_map(lambda leaf: self._node(leaf) if isinstance(leaf, Ref) else leaf, tree)
+        return tree
 
     def _new_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> fx.Node:
         self.root.add_module(name, module)

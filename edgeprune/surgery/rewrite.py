@@ -13,10 +13,13 @@ from torch import Tensor
 from ..graph import ModelGraph
 from ..graph.recording import Op
 from ..graph.rules import name_of
-from ..graph.run import arguments
+from ..graph.run import arguments, signature
 from ..records import Keep
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+NUMBERS = frozenset([bool, int, float, str])
+SEQUENCES = frozenset([tuple, list])
+COMPARED = NUMBERS | SEQUENCES | {dict}
 
 
 class Rewriter:
@@ -25,16 +28,27 @@ class Rewriter:
     def __init__(self, graph: ModelGraph, keep: Keep) -> None:
         self.recording = graph.trace.recording
         self._labels = graph.trace.labels
+        self._unions = graph.trace.run.ledger.ids
         self._alive = graph.trace.kept(keep)
+        self._before = np.concatenate([[0], np.cumsum(self._alive)])  # how many ids before each one stay
         self._shapes: dict[int, tuple[int, ...]] = {}
         self._changes: dict[int, Arguments | None] = {}  # by the operator's id()
         self.positions: dict[tuple[str, int], Tensor] = {}  # (tensor, axis) -> indices kept, where some are not
+        kept_of: dict[int, Tensor] = {}  # by the first of the ranges that are one
         for axis in graph.trace.axes:
-            alive = self._alive[axis.first : axis.first + axis.size]
-            if not alive.all():
-                self.positions[axis.name, axis.axis] = torch.from_numpy(np.flatnonzero(alive))
+            if self._count(axis.first, axis.size) == axis.size:
+                continue
+            leader = self._unions.leader(self._unions.at(axis.first))
+            if leader not in kept_of:
+                alive = self._alive[axis.first : axis.first + axis.size]
+                kept_of[leader] = torch.from_numpy(np.flatnonzero(alive))
+            self.positions[axis.name, axis.axis] = kept_of[leader]
 
     # -- shapes ----------------------------------------------------------------------------------------------
+
+    def _count(self, first: int, size: int) -> int:
+        """How many of the ids `first <= id < first + size` stay."""
+        return int(self._before[first + size] - self._before[first])
 
     def kept_along(self, value: int, axis: int) -> NDArray[np.bool_]:
         """Which positions of a value stay along one axis, (size,)."""
@@ -48,20 +62,33 @@ class Rewriter:
 
     def shape(self, value: int) -> tuple[int, ...]:
         """The shape that a value has in the cut network."""
-        if value not in self._shapes:
-            dense = list(self.recording.values[value].shape)
-            for axis in {axis for label in self._labels.get(value, ()) for axis in label.axes}:
-                dense[axis] = int(self.kept_along(value, axis).sum())
-            self._shapes[value] = tuple(dense)
-        return self._shapes[value]
+        known = self._shapes.get(value)
+        if known is None:
+            known = self._shapes[value] = self._shape(value)
+        return known
+
+    def _shape(self, value: int) -> tuple[int, ...]:
+        dense, labels = self.recording.values[value].shape, self._labels.get(value, ())
+        if not labels:
+            return dense
+        new = list(dense)
+        if len(labels) == 1 and len(labels[0].axes) == 1 and self._unions.whole(labels[0].ids) is not None:
+            axis = labels[0].axes[0]
+            new[axis] = self._count(labels[0].ids.item(0), dense[axis])
+            return tuple(new)
+        for axis in {axis for label in labels for axis in label.axes}:
+            new[axis] = int(self.kept_along(value, axis).sum())
+        return tuple(new)
 
     # -- arguments -------------------------------------------------------------------------------------------
 
     def changed(self, op: Op) -> Arguments | None:
         """The operator's new arguments, or None where the old ones still hold."""
+        rewrite = REWRITES.get(name_of(op.func))
+        if rewrite is None:
+            return None
         if id(op) not in self._changes:
-            rewrite = REWRITES.get(name_of(op.func))
-            new = rewrite(self, op, arguments(op)) if rewrite is not None else (op.args, op.kwargs)
+            new = rewrite(self, op, arguments(op))
             self._changes[id(op)] = None if new == (op.args, op.kwargs) else new
         return self._changes[id(op)]
 
@@ -86,6 +113,18 @@ class Rewriter:
         return None
 
 
+def alike(given: Any, expected: Any) -> bool:
+    """Do two trees of arguments hold the same numbers and words, at the same places?"""
+    have, want = type(given), type(expected)
+    if have in NUMBERS and want in NUMBERS:
+        return bool(given == expected)
+    if have in SEQUENCES and want in SEQUENCES:
+        return len(given) == len(expected) and all(map(alike, given, expected))
+    if have is dict and want is dict:
+        return given.keys() == expected.keys() and all(alike(given[key], expected[key]) for key in expected)
+    return have not in COMPARED and want not in COMPARED  # tensors, devices, types
+
+
 def numbers_in(tree: Any) -> list[Any]:
     """All numbers and words among an operator's arguments, in order."""
     if isinstance(tree, (bool, int, float, str)):
@@ -99,7 +138,7 @@ def numbers_in(tree: Any) -> list[Any]:
 
 def _set(op: Op, **values: Any) -> Arguments:
     """The operator's arguments with some replaced, where they stand."""
-    names = [spec.name for spec in op.func._schema.arguments]
+    names, _ = signature(op.func)
     args, kwargs = list(op.args), dict(op.kwargs)
     for name, value in values.items():
         at = names.index(name)
