@@ -16,7 +16,7 @@ import copy
 import functools
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,24 +139,31 @@ def _mean(values: list[float]) -> str:
     return f"{found.mean():.2f}" + (f" ± {found.std():.2f}" if len(values) > 1 else "")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def filled(
+    doc: str,
+    name: str,
+    seeds: Sequence[int],
+    build: Callable[[], Coder],
+    judge: Callable[[Path, int, float, Coder], dict[str, Any]],
+) -> dict[str, Any]:
+    """The results of benchmarks/NAME.py, with what its command line asks for and was not in them, seed by seed."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--most", type=int, default=1000, help="seeds in this call")
     parser.add_argument("--table", action="store_true")
     asked = parser.parse_args()
-    results: dict[str, Any] = (record.load(RESULT) or {}).get("results", {})
-    todo = [s for s in range(SEEDS) if any(f"{p}/{s}" not in results for p in SPARSITIES)][: asked.most]
+    results: dict[str, Any] = (record.load(name) or {}).get("results", {})
+    todo = [s for s in seeds if any(f"{p}/{s}" not in results for p in SPARSITIES)][: asked.most]
     for seed in [] if asked.table else todo:
         torch.set_num_threads(1)
         torch.manual_seed(seed)
-        dense = Coder()
+        dense = build()
         train(dense, images(asked.data, "train")[:TRAINED], EPOCHS, seed)
         for sparsity in SPARSITIES:
-            results[f"{sparsity}/{seed}"] = run(asked.data, seed, sparsity, copy.deepcopy(dense).eval())
-            record.save(RESULT, {"command": "python benchmarks/soft.py --data DIR", "results": results})
-    print(table(results))
+            results[f"{sparsity}/{seed}"] = judge(asked.data, seed, sparsity, copy.deepcopy(dense).eval())
+            record.save(name, {"command": f"python benchmarks/{name}.py --data DIR", "results": results})
+    return results
 
 
 if __name__ == "__main__":
-    main()
+    print(table(filled(__doc__, RESULT, range(SEEDS), Coder, run)))

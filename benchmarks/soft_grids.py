@@ -15,7 +15,6 @@ below the finer grid at 0.5 with seed 0. The test images judge both in the end.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,7 +79,8 @@ class Case:
         return bench.psnr(surgery.cut(self.dense, self.graph, importance.best(self.scores, units)), images)
 
 
-def run(case: Case) -> dict[str, Any]:
+def run(folder: Path, seed: int, sparsity: float, dense: bench.Coder) -> dict[str, Any]:
+    case = Case(folder, seed, sparsity, dense)
     found: dict[str, Any] = {"dense": bench.psnr(case.dense, case.search), "steps": SETTINGS.steps}
     for name, shares in GRIDS.items():
         began = time.process_time()
@@ -116,25 +116,7 @@ def table(results: Mapping[str, Any]) -> str:
     return record.table(header, rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--most", type=int, default=1000, help="seeds in this call")
-    parser.add_argument("--table", action="store_true")
-    asked = parser.parse_args()
-    results: dict[str, Any] = (record.load(RESULT) or {}).get("results", {})
-    every = range(FIRST_SEED, FIRST_SEED + bench.SEEDS)
-    seeds = [s for s in every if any(f"{p}/{s}" not in results for p in bench.SPARSITIES)]
-    for seed in [] if asked.table else seeds[: asked.most]:
-        torch.set_num_threads(1)
-        torch.manual_seed(seed)
-        dense = bench.Coder(*MORE)
-        bench.train(dense, bench.images(asked.data, "train")[: bench.TRAINED], bench.EPOCHS, seed)
-        for sparsity in bench.SPARSITIES:
-            results[f"{sparsity}/{seed}"] = run(Case(asked.data, seed, sparsity, dense.eval()))
-            record.save(RESULT, {"command": "python benchmarks/soft_grids.py --data DIR", "results": results})
-    print(table(dict(sorted(results.items()))))
-
-
 if __name__ == "__main__":
-    main()
+    seeds = range(FIRST_SEED, FIRST_SEED + bench.SEEDS)
+    found = bench.filled(__doc__, RESULT, seeds, lambda: bench.Coder(*MORE), run)
+    print(table(dict(sorted(found.items()))))

@@ -127,10 +127,8 @@ def figures(network: Network, target: Target | None) -> dict[str, Any]:
     rows = []
     for share, budget, other in zip(SHARES, budgets, others, strict=True):
         row = {"share": share, "exact": _exact(problem, costs, scores, budget, whole)}
-        row["greedy"] = {
-            **_plan(costs, scores, _greedy(problem, costs, other, budget), budget, whole),
-            "seconds": greedy_s,
-        }
+        greedy = _greedy(problem, costs, scores, other, budget)
+        row["greedy"] = {**_plan(costs, scores, greedy, budget, whole), "seconds": greedy_s}
         for steps in STEPS:
             nominal, best = arms.linearised_within(costs, scores, budget, steps)
             row[f"K={steps}"] = _plan(costs, scores, nominal, budget, whole)
@@ -168,17 +166,15 @@ def _exact(
     return {**found, "gap": gap, "seconds": seconds[1][0], "wall_s": seconds[1][1]}
 
 
-def _greedy(problem: knapsack.Problem, costs: Costs, choice: tuple[int, ...], budget: float) -> arms.Units:
+def _greedy(
+    problem: knapsack.Problem, costs: Costs, scores: Importance, choice: tuple[int, ...], budget: float
+) -> arms.Units:
     """Where its costs are of lines, polished by the true ones as the exact plan is."""
     units = _units(costs, choice)
     if not problem.costs[0].sums:
         return units
-    values = {
-        g: dict(zip(widths, map(float, of_g), strict=True))
-        for (g, widths), of_g in zip(costs.candidates.items(), problem.values, strict=True)
-    }
-    found = polished(values, [costs.limit(allocate.LATENCY, budget)], costs.blocks, units)
-    return units if found is None else found
+    limit = costs.limit(allocate.LATENCY, budget)
+    return polished(allocate.values_of(costs, scores), [limit], costs.blocks, units) or units
 
 
 def _units(costs: Costs, choice: tuple[int, ...]) -> dict[str, int]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -100,32 +101,22 @@ def solve(
     if not any(cost.sums for cost in problem.costs):
         solution = knapsack.solve(problem, budgets, gap)
         return _plan(costs, _units(costs, solution), solution.value, solution.gap)
-    values = {
-        g: dict(zip(widths, map(float, of_g), strict=True))
-        for (g, widths), of_g in zip(costs.candidates.items(), problem.values, strict=True)
-    }
-    units = _polished(costs, problem, values, [costs.limit(LATENCY, budget_ms), *limits], max(gap, ROUGHLY))
+    values, every = values_of(costs, importance), [costs.limit(LATENCY, budget_ms), *limits]
+    starts = _starts(costs, problem, budgets, max(gap, ROUGHLY))
+    ends = (polished(values, every, costs.blocks, start) for start in starts)
+    units = next((units for units in ends if units is not None), None)
+    if units is None:
+        raise UnreachableBudget(too_small(floor(costs).widths, costs, budget_ms, limits))
     value = math.fsum(values[g][w] for g, w in units.items())
     best = knapsack.upper_bound(problem_of(costs, importance, limits, below), budgets)
     return _plan(costs, units, value, max(0.0, best - value) / max(abs(best), 1e-12))
 
 
-def _polished(costs: Costs, problem: knapsack.Problem, values: Values, limits: Sequence[Limit], gap: float) -> Units:
-    """From the best by the lines, or, where that leads nowhere, from the cheapest."""
-    unreachable = None
-    try:
-        begun = _units(costs, knapsack.solve(problem, [limit.budget for limit in limits], gap))
-        found = polished(values, limits, costs.blocks, begun)
-        if found is not None:
-            return found
-    except UnreachableBudget as error:
-        unreachable = error
-    smallest = _units(costs, knapsack.cheapest(problem))
-    found = polished(values, limits, costs.blocks, smallest)
-    if found is None:
-        least = f"{limits[0].predict(smallest, costs.blocks):.6g}, the budget is {limits[0].budget:.6g}"
-        raise unreachable or UnreachableBudget(f"{LATENCY}: the cheapest choice of widths costs {least}")
-    return found
+def _starts(costs: Costs, problem: knapsack.Problem, budgets: Sequence[float], gap: float) -> Iterator[Units]:
+    """Where to polish from: the best by the lines; should that lead nowhere, the cheapest."""
+    with suppress(UnreachableBudget):
+        yield _units(costs, knapsack.solve(problem, budgets, gap))
+    yield _units(costs, knapsack.cheapest(problem))
 
 
 def _plan(costs: Costs, units: Units, value: float, gap: float) -> Plan:
@@ -136,6 +127,26 @@ def floor(costs: Costs) -> Plan:
     """The fastest plan."""
     problem = problem_of(costs, {g: np.ones(w[-1]) for g, w in costs.candidates.items()})
     return _plan(costs, _units(costs, knapsack.cheapest(problem)), 0.0, 0.0)
+
+
+def values_of(costs: Costs, importance: Importance) -> Values:
+    """What each width of each group is worth."""
+    return {
+        g: dict(zip(widths, kept_value(importance[g], widths).tolist(), strict=True))
+        for g, widths in costs.candidates.items()
+    }
+
+
+def too_small(smallest: Units, costs: Costs, budget_ms: float, limits: Sequence[Limit]) -> str:
+    """Why not even the smallest network will do."""
+    others = "".join(
+        f"; {limit.name} {limit.predict(smallest, costs.blocks):.4g}, the budget is {limit.budget:.4g}"
+        for limit in limits
+    )
+    return (
+        f"the smallest network is predicted at {costs.predict_ms(smallest):.4g} ms, the budget is {budget_ms:.4g} ms"
+        f"{others}"
+    )
 
 
 def at_most(costs: Costs, units: Mapping[str, int]) -> Costs:

@@ -98,7 +98,7 @@ def along(
 
     smallest = {g: widths[0] for g, widths in choices.items()}
     if not fits(smallest):
-        raise UnreachableBudget(_too_small(smallest, costs, budget_ms, limits))
+        raise UnreachableBudget(allocate.too_small(smallest, costs, budget_ms, limits))
     low, high = 0.0, 1.0
     for _ in range(SETTLE):
         middle = (low + high) / 2
@@ -150,14 +150,3 @@ def _rounded_up(
         if rest[g] > 0 and fits(more):
             units = more
     return units
-
-
-def _too_small(smallest: Mapping[str, int], costs: Costs, budget_ms: float, limits: Sequence[Limit]) -> str:
-    others = "".join(
-        f"; {limit.name} {limit.predict(smallest, costs.blocks):.4g}, the budget is {limit.budget:.4g}"
-        for limit in limits
-    )
-    return (
-        f"the smallest network is predicted at {costs.predict_ms(smallest):.4g} ms, the budget is {budget_ms:.4g} ms"
-        f"{others}"
-    )

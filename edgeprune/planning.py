@@ -199,7 +199,7 @@ def meet(
             if tries[-1].enough or (attempt and tries[-1].plan.widths == tries[-2].plan.widths):
                 break  # or the widths on offer have no plan between
             bias = [ms / aim.costs.predict_ms(plan.widths) for ms, aim in zip(tries[-1].each_ms, aims, strict=True)]
-    if not any(t.fits for t in tries) and len(aims) == 1:
+    if not any(t.fits for t in tries) and len(aims) == 1:  # of several targets, each has a floor of its own
         tries.append(_smallest(aims, scores, size_bytes))
     good = [t for t in tries if t.fits]
     if not good:

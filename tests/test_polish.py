@@ -10,13 +10,9 @@ from test_allocate import Concat, Residual, made_up
 
 from edgeprune import allocate
 from edgeprune.allocate import Costs
-from edgeprune.importance import Importance, kept_value
+from edgeprune.errors import UnreachableBudget
 from edgeprune.limits import Limit, size_limit
-from edgeprune.polish import Values, polished
-
-
-def values_of(costs: Costs, scores: Importance) -> Values:
-    return {g: dict(zip(w, map(float, kept_value(scores[g], w)), strict=True)) for g, w in costs.candidates.items()}
+from edgeprune.polish import polished
 
 
 def within(costs: Costs, limits: Sequence[Limit], units: dict[str, int]) -> bool:
@@ -36,7 +32,7 @@ def test_a_polished_plan_is_within_every_limit_and_no_next_width_gains_and_fits(
         g: {"dense": widths[-1], "smallest": widths[0], "random": int(draw.choice(widths))}[begin]
         for g, widths in costs.candidates.items()
     }
-    found = polished(values_of(costs, scores), limits, costs.blocks, units)
+    found = polished(allocate.values_of(costs, scores), limits, costs.blocks, units)
     assert found is not None
     assert within(costs, limits, found)
     for g, widths in costs.candidates.items():
@@ -49,7 +45,7 @@ def test_blocks_stay_dropped_or_kept() -> None:
     block = costs.blocks[0]
     units = {g: 0 if g in block.groups else w[-1] for g, w in costs.candidates.items()}
     budget = 0.7 * costs.predict_ms(units)
-    found = polished(values_of(costs, scores), [costs.limit("ms", budget)], costs.blocks, units)
+    found = polished(allocate.values_of(costs, scores), [costs.limit("ms", budget)], costs.blocks, units)
     assert found is not None
     assert costs.predict_ms(found) <= budget * (1 + 1e-12)
     assert all((found[g] == 0) == (g in block.groups) for g in found)
@@ -58,7 +54,22 @@ def test_blocks_stay_dropped_or_kept() -> None:
 def test_what_cannot_be_met_by_any_step_is_none() -> None:
     _, costs, scores = made_up(Residual(), choices=4)
     least = costs.predict_ms({g: w[0] for g, w in costs.candidates.items()})
-    assert polished(values_of(costs, scores), [costs.limit("ms", 0.99 * least)], costs.blocks, costs.dense) is None
+    assert (
+        polished(allocate.values_of(costs, scores), [costs.limit("ms", 0.99 * least)], costs.blocks, costs.dense)
+        is None
+    )
+
+
+def test_behind_concats_a_budget_below_the_floor_is_refused_with_the_true_least_and_not_that_of_the_lines() -> None:
+    graph, costs, scores = made_up(Concat(), choices=6)
+    least = costs.predict_ms({g: w[0] for g, w in costs.candidates.items()})
+    size = size_limit(graph.layers, costs.candidates, 4 * graph.total_params, 100.0)
+    for budget in (0.5 * least, 0.999 * least):
+        said = rf"smallest network is predicted at {least:.4g} ms, the budget is {budget:.4g} ms"
+        with pytest.raises(UnreachableBudget, match=said):
+            allocate.solve(costs, scores, budget)
+    with pytest.raises(UnreachableBudget, match=r"size in bytes \S+, the budget is 100"):
+        allocate.solve(costs, scores, 10 * least, [size])
 
 
 def test_behind_concats_further_limits_hold_by_their_true_costs_too() -> None:

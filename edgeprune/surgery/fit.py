@@ -13,8 +13,8 @@ from ..graph.rules import name_of
 from ..graph.run import signature
 from .rewrite import Rewriter
 
-# attribute <- axis of the weight of PyTorch's own layers; `groups`, `num_groups` come from the recorded operators
 LARGE_BYTES, BLOCK_BYTES = 1 << 24, 1 << 20  # new memory for what lies between would take longer than the copying
+# attribute <- axis of the weight of PyTorch's own layers; `groups`, `num_groups` come from the recorded operators
 SIZES = {"in_features": 1, "out_features": 0, "num_channels": 0, "num_parameters": 0, "embedding_dim": 1}
 
 
