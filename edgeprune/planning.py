@@ -6,6 +6,7 @@ to end, in turn with the dense one; the prediction is corrected by them, and a p
 
 from __future__ import annotations
 
+import math
 import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +36,8 @@ TRIES = 6
 UNUSED = 0.03  # of a budget, at most: a plan further below it is improved
 CLOSE = 0.0075  # a plan is this far under its budget, at least: what its next measurement may differ by ...
 NOISY = 2.0  # ... or this many times the spread between copies of a network, where that is more ...
+SESSIONS = 3  # at most, until one is not disturbed: ...
+DISTURBED = 0.02  # ... the dense network was not slower than this over its fastest session
 CALL_MS = 0.0008  # ... or this, by which calling the runtime differs from one session to the next
 
 
@@ -84,6 +87,7 @@ class Bench:
         self.calibration = calibration
         self.dense = self.export(model, folder / "dense")
         self.reference_ms = 0.0
+        self.fastest_ms = math.inf  # of the dense network, in any session
         self.spreads: list[float] = []  # between copies of a network, in each session
 
     @property
@@ -115,7 +119,18 @@ class Bench:
         return self.target.export(module, self.graph.example, folder, self.calibration)
 
     def timed(self, artifacts: Sequence[Artifact]) -> list[float]:
-        dense, *cut = measure.time_networks([self.dense, *artifacts], self.target)
+        """Of disturbed sessions, in which the dense network is slower than it was, the least disturbed one counts.
+
+        What disturbs one network disturbs another less or more: one that fits in the cache, or does not.
+        """
+        sessions = []
+        for _ in range(SESSIONS):
+            sessions.append(measure.time_networks([self.dense, *artifacts], self.target))
+            dense_ms = sessions[-1][0].median_ms
+            self.fastest_ms = min(self.fastest_ms, dense_ms)
+            if dense_ms <= self.fastest_ms * (1 + DISTURBED):
+                break
+        dense, *cut = min(sessions, key=lambda timings: timings[0].median_ms)
         self.reference_ms = self.reference_ms or dense.median_ms
         self.spreads.append(measure.spread([dense, *cut]))
         return [timing.median_ms * self.reference_ms / dense.median_ms for timing in cut]

@@ -14,7 +14,7 @@ from edgeprune import allocate, planning
 from edgeprune.allocate import Costs
 from edgeprune.errors import UnreachableBudget
 from edgeprune.planning import Aim, Bench
-from edgeprune.records import Keep
+from edgeprune.records import Keep, Timing
 from edgeprune.watch import Silent
 
 NOISE = 0.02
@@ -75,3 +75,27 @@ def test_noise_is_that_of_the_middle_session_so_one_that_was_disturbed_does_not_
     bench.spreads = [0.05, 0.001, 0.002]
     quiet = planning.meet([Aim(bench, costs, budget)], scores, allocate.solve, Silent())
     assert disturbed.measured_ms <= 0.9 * budget < 0.96 * budget <= quiet.measured_ms <= budget
+
+
+class Sessions(Bench):
+    """Times the dense network and a cut one as it is told, session by session."""
+
+    def __init__(self, *sessions: tuple[float, float]) -> None:
+        self.dense, self.target = self, self
+        self.reference_ms, self.fastest_ms, self.spreads = 10.0, 10.0, []
+        self.left = list(sessions)
+
+    def time(self, items: Sequence[Any], *bounds: float) -> list[Timing]:
+        return [Timing(ms, ms, ms, 1, (ms,), 0.0) for ms in self.left.pop(0)] * (len(items) // 2)
+
+
+def test_a_session_in_which_the_dense_network_was_slower_than_before_is_held_again() -> None:
+    bench = Sessions((12.0, 9.0), (10.1, 5.05), (10.0, 1.0))
+    assert bench.timed([None]) == pytest.approx([5.0])
+    assert len(bench.left) == len(bench.spreads) == 1
+
+
+def test_on_a_device_that_stays_busy_the_least_disturbed_of_three_sessions_counts() -> None:
+    bench = Sessions((12.0, 9.0), (11.0, 5.5), (13.0, 9.0), (10.0, 1.0))
+    assert bench.timed([None]) == pytest.approx([5.0])
+    assert len(bench.left) == len(bench.spreads) == 1
