@@ -337,13 +337,14 @@ class _Reader:
     """Samples, one at a time, as the calibration asks for them."""
 
     def __init__(self, names: Sequence[str], samples: Sequence[Sequence[NDArray[Any]]]) -> None:
-        self._left = iter([dict(zip(names, sample, strict=True)) for sample in samples])
+        self._feeds = [dict(zip(names, sample, strict=True)) for sample in samples]
+        self.set_range(0, len(self._feeds))
 
     def get_next(self) -> dict[str, NDArray[Any]] | None:
         return next(self._left, None)
 
     def set_range(self, start_index: int, end_index: int) -> None:
-        raise NotImplementedError  # of readers that are read in parts
+        self._left = iter(self._feeds[start_index:end_index])
 
 
 @contextlib.contextmanager

@@ -315,7 +315,7 @@ def flash(
                 return deploy.rollback(host, folder, service)
             return deploy.install(host, sources, manifest, folder, keep, service)
 
-        with Bars(as_json).stage("install and test"):
+        with Bars(as_json).stage("go back and test" if rollback else "install and test"):
             receipts = flashing.everywhere(device, where, act)
     show.each(where, files.plain(receipts), as_json, show.receipt)
 
