@@ -16,8 +16,10 @@ Torch-Pruning 1.6.1: the dependency graph and one step at ratio 0.5 with random 
 make the outputs. "wrong": the pruned network does not run, or its outputs have another shape. "limit": it was stopped.
 
 `--seconds` times both in one process, turn and turn about on one network, and keeps the least of up to three runs of
-each (one where a round takes longer than 2 s). It goes on where it was stopped; `--again` begins anew. What it finds
-lies in results/prunability-seconds.json and goes before the seconds of the first run in every table.
+each (one where a round takes longer than 2 s): once as above, and once where the half that goes is that of the least
+L2 norm (Torch-Pruning's GroupMagnitudeImportance, edgeprune's `importance.score`). It goes on where it was stopped;
+`--again` begins anew. What it finds lies in results/prunability-seconds.json and goes before the seconds of the first
+run in every table.
 """
 
 from __future__ import annotations
@@ -215,6 +217,12 @@ def seconds(row: dict[str, Any]) -> float | None:
     return found["trace_s"] + found["cut_s"] if "trace_s" in found else None
 
 
+def ranked(row: dict[str, Any]) -> float | None:
+    """How many times Torch-Pruning's seconds are ours where both rank channels by their norm."""
+    ours, theirs = (row.get("timed", {}).get(f"{tool}, ranked") for tool in ("edgeprune", "torch-pruning"))
+    return float(theirs["seconds"] / (ours["trace_s"] + ours["cut_s"])) if ours and theirs else None
+
+
 def theirs_s(row: dict[str, Any]) -> float:
     """Torch-Pruning's seconds: its limit where it was stopped, 0 where it crashed."""
     found = row.get("torch-pruning", {}) | row.get("timed", {}).get("torch-pruning", {})
@@ -229,7 +237,7 @@ def summary(networks: dict[str, Any]) -> str:
     kinds["all"] = list(networks.values())
     header = (
         "networks", "number", "pass", "largest deviation", "at least 80 % prunable", "trace + cut, median s",
-        "Torch-Pruning: runs / wrong / crash / limit", "its median s", "times faster, median",
+        "Torch-Pruning: runs / wrong / crash / limit", "its median s", "times faster, median", "both by L2 norm",
     )  # fmt: skip
     return record.table(header, [_summed(kind, rows) for kind, rows in kinds.items()])
 
@@ -247,7 +255,7 @@ def _summed(kind: str, rows: Sequence[dict[str, Any]]) -> list[str]:
     return [
         kind, str(len(ours)), str(sum(map(passes, rows))), f"{max(deviations, default=0.0):.1e}",
         f"{wide} ({wide / max(len(ours), 1):.0%})", _median(took), " / ".join(map(str, outcomes)), _median(tp_took),
-        _median(ratios),
+        _median(ratios), _median([r for row in rows if (r := ranked(row)) is not None]),
     ]  # fmt: skip
 
 

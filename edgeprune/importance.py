@@ -97,7 +97,8 @@ def _energy(group: ChannelGroup, state: Mapping[str, Tensor], power: int, relati
     """Sum over producers of |W|^power for each unit, each producer over its own total when `relative`."""
     total = np.zeros(group.width)
     for member in _makers(group, state):
-        energy = _per_unit(state[member.tensor].abs().double() ** power, member)
+        weights = state[member.tensor]
+        energy = _per_unit(weights.abs() if power == 1 else weights.square(), member)
         whole = energy.sum() if relative else 1.0
         total += energy / whole if whole > 0 else 0.0
     return total
@@ -112,8 +113,8 @@ def _makers(group: ChannelGroup, state: Mapping[str, Tensor]) -> list[Member]:
 def _per_unit(values: Tensor, member: Member) -> NDArray[np.float64]:
     """Sum a tensor over everything but one axis, then over the positions of each unit, (width,)."""
     other = [d for d in range(values.dim()) if d != member.axis]
-    along = values.sum(dim=other) if other else values
-    summed: NDArray[np.float64] = along.cpu().double().numpy()[member.positions].sum(axis=1)
+    along = values.sum(dim=other, dtype=torch.float64) if other else values.double()
+    summed: NDArray[np.float64] = along.cpu().numpy()[member.positions].sum(axis=1)
     return summed
 
 
