@@ -149,7 +149,7 @@ def test_rl_comes_nearer_to_a_known_best_distribution_than_a_flat_random_search_
     space = searching.space()
     units = np.array([space.costs.dense[g] for g in space.groups], dtype=float)
     pairs = []
-    for seed in range(9):
+    for seed in range(20):
         best = np.random.default_rng(seed).dirichlet(units / units.mean())
         goal = kept(space, space.removing(dict(zip(space.groups, best.tolist(), strict=True))).widths)
         found = []
@@ -158,7 +158,7 @@ def test_rl_comes_nearer_to_a_known_best_distribution_than_a_flat_random_search_
         pairs.append([np.abs(kept(space, candidate.units) - goal).sum() for candidate in found])
     learnt, flat = np.array(pairs).T
     assert np.median(learnt) < np.median(flat)
-    assert (learnt < flat).sum() >= 6
+    assert (learnt < flat).sum() >= 14
 
 
 def test_lookahead_judges_the_next_budget_of_the_schedule_too() -> None:
