@@ -151,7 +151,7 @@ def preflight(
     """Measure the floor and some networks between, and correct the predictions by them. Kept in the run folder."""
     if run.has("preflight.json"):
         found = as_record(Preflight, run.read("preflight.json", PREFLIGHT))
-        bench.reference_ms = found.dense_ms
+        bench.reference_ms = bench.fastest_ms = found.dense_ms
         bench.spreads.append(found.noise)
     else:
         units = [dict(allocate.floor(costs).widths), *measure.samples(costs.candidates, SAMPLES, seed)]
