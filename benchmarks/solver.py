@@ -200,13 +200,13 @@ def compress(network: Network, target: Target) -> dict[str, Any]:
         start, costs = planning.preflight(bench, costs, scores, Run(folder), Silent(), seed=0)
         budgets = {str(share): share * start.dense_ms for share in SHARES}
         floor = importance.best(scores, start.floor.units)
-        again = statistics.median(bench.time([floor])[0] for _ in range(SESSIONS))
+        again = statistics.median(bench.time([floor], settled=True)[0] for _ in range(SESSIONS))
         budgets["floor"] = FLOOR_ROOM * max(again, start.floor.measured_ms)
         chosen = {
             name: planning.meet([Aim(bench, costs, budget)], scores, allocate.solve, Silent())
             for name, budget in budgets.items()
         }
-        sessions = [bench.time([c.keep for c in chosen.values()]) for _ in range(SESSIONS)]
+        sessions = [bench.time([c.keep for c in chosen.values()], settled=True) for _ in range(SESSIONS)]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     rows = []
@@ -220,11 +220,19 @@ def compress(network: Network, target: Target) -> dict[str, Any]:
                 "sessions_ms": measured,
                 "predicted_ms": plan.plan.predicted_ms,
                 "attempts": len(plan.attempts),
+                "attempts_ms": [tried.measured_ms for tried in plan.attempts],
                 "note": plan.note,
             }
         )
         print(name, f"{measured[SESSIONS // 2] / budgets[name] - 1:+.2%}", flush=True)
-    return {"dense_ms": start.dense_ms, "floor_ms": start.floor.measured_ms, "noise": bench.noise, "rows": rows}
+    return {
+        "dense_ms": start.dense_ms,
+        "fastest_dense_ms": bench.fastest_ms,
+        "floor_ms": start.floor.measured_ms,
+        "noise": bench.noise,
+        "error": bench.error,
+        "rows": rows,
+    }
 
 
 # ---- tables --------------------------------------------------------------------------------------------------

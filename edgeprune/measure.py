@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,9 @@ DRIFT = 0.04  # a sentinel this far from its reference spoils the batch it was m
 TRIES = 3
 HOT_C, HOT = 85.0, 1e3  # small boards slow down from here on; what a batch that was measured hot is worth
 COOL_S, COOL_STEP_S = 180.0, 5.0  # at most, and a look
-COPIES = 3  # a network is loaded this often to be timed
+COPIES = 3  # a network is loaded this often to be timed ...
+SETTLED = 0.0025  # ... and again, in further sessions, until its latency is this certain ...
+SESSIONS = 4  # ... or it was in this many
 SENTINEL = LayerShape(
     op="conv", in_ch=64, out_ch=64, batch=1, spatial=(14, 14), kernel=(3, 3), stride=(1, 1), padding=(1, 1),
     dilation=(1, 1), conv_groups=1, fused=("relu",),
@@ -245,6 +248,16 @@ def spread(timings: Sequence[Timing], copies: int = COPIES) -> float:
     """
     medians = np.array([[np.median(t.samples_ms[at::copies]) for at in range(copies)] for t in timings])
     return float(np.sqrt((medians.var(axis=1, ddof=1) / medians.mean(axis=1) ** 2).mean()))
+
+
+def error(noise: float, copies: int) -> float:
+    """Standard error, relative, of the median of `copies` that lie `noise` apart."""
+    return 1.2533 * noise / math.sqrt(copies)
+
+
+def sessions(noise: float, copies: int = COPIES) -> int:
+    """How many it takes, at most SESSIONS, until a latency is as certain as SETTLED."""
+    return min(max(math.ceil((error(noise, copies) / SETTLED) ** 2), 1), SESSIONS)
 
 
 def calibrate(costs_: Costs, networks: Sequence[tuple[Mapping[str, int], float]]) -> tuple[Costs, Correction]:

@@ -24,7 +24,7 @@ from .errors import BudgetError, UnreachableBudget
 from .graph import ModelGraph
 from .importance import Importance
 from .limits import Limit, size_limit
-from .records import Artifact, Budget, Keep, Plan, Progress
+from .records import Artifact, Budget, Keep, Plan, Progress, Timing
 from .runs import Run, as_record
 from .target import Target
 from .verify import WASTE, budget_ms
@@ -35,10 +35,10 @@ SAMPLES = 4  # networks between the floor and the dense one that calibrate the p
 TRIES = 6
 UNUSED = 0.03  # of a budget, at most: a plan further below it is improved
 CLOSE = 0.0075  # a plan is this far under its budget, at least: what its next measurement may differ by ...
-NOISY = 2.0  # ... or this many times the spread between copies of a network, where that is more ...
-SESSIONS = 3  # at most, until one is not disturbed: ...
-DISTURBED = 0.02  # ... the dense network was not slower than this over its fastest session
+NOISY = 3.5  # ... or this many times the error of a measurement, where that is more ...
 CALL_MS = 0.0008  # ... or this, by which calling the runtime differs from one session to the next
+DISTURBED = 0.02  # a session in which the dense network is slower than this over its fastest one is held again ...
+AGAIN = 2  # ... at most this many of a measurement
 
 
 @dataclass(frozen=True)
@@ -88,17 +88,22 @@ class Bench:
         self.dense = self.export(model, folder / "dense")
         self.reference_ms = 0.0
         self.fastest_ms = math.inf  # of the dense network, in any session
-        self.spreads: list[float] = []  # between copies of a network, in each session
+        self.spreads: list[float] = []  # between copies of a network, in each session that counted
 
     @property
     def noise(self) -> float:
         """How far copies of a network lie apart, in the middle session: one that was disturbed does not count."""
         return statistics.median(self.spreads) if self.spreads else 0.0
 
-    def time(self, keeps: Sequence[Keep], progress: Progress = unwatched) -> list[float]:
+    @property
+    def error(self) -> float:
+        """Of a settled measurement, relative: the more the copies differ, the more of them it takes."""
+        return measure.error(self.noise, measure.COPIES * measure.sessions(self.noise))
+
+    def time(self, keeps: Sequence[Keep], progress: Progress = unwatched, settled: bool = False) -> list[float]:
         """Milliseconds of each cut network, as if the dense one took `reference_ms` as it did at first."""
         with self.built(keeps, progress) as artifacts:
-            return self.timed(artifacts)
+            return self.timed(artifacts, settled)
 
     @contextmanager
     def built(self, keeps: Sequence[Keep], progress: Progress = unwatched) -> Iterator[list[Artifact]]:
@@ -118,22 +123,27 @@ class Bench:
     def export(self, module: nn.Module, folder: Path) -> Artifact:
         return self.target.export(module, self.graph.example, folder, self.calibration)
 
-    def timed(self, artifacts: Sequence[Artifact]) -> list[float]:
-        """Of disturbed sessions, in which the dense network is slower than it was, the least disturbed one counts.
+    def timed(self, artifacts: Sequence[Artifact], settled: bool = False) -> list[float]:
+        """In one session or, settled, in as many as the copies' spread asks for; their median.
 
-        What disturbs one network disturbs another less or more: one that fits in the cache, or does not.
+        Disturbed sessions, in which the dense network is slower than it was, are held again. What disturbs one network
+        disturbs another less or more: one that fits in the cache, or does not.
         """
-        sessions = []
-        for _ in range(SESSIONS):
-            sessions.append(measure.time_networks([self.dense, *artifacts], self.target))
-            dense_ms = sessions[-1][0].median_ms
-            self.fastest_ms = min(self.fastest_ms, dense_ms)
-            if dense_ms <= self.fastest_ms * (1 + DISTURBED):
-                break
-        dense, *cut = min(sessions, key=lambda timings: timings[0].median_ms)
-        self.reference_ms = self.reference_ms or dense.median_ms
-        self.spreads.append(measure.spread([dense, *cut]))
-        return [timing.median_ms * self.reference_ms / dense.median_ms for timing in cut]
+        held: list[list[Timing]] = []
+        calm: list[list[Timing]] = []
+        wanted = 1
+        while len(calm) < wanted and len(held) < wanted + AGAIN:
+            held.append(measure.time_networks([self.dense, *artifacts], self.target))
+            self.fastest_ms = min(self.fastest_ms, held[-1][0].median_ms)
+            calm = [timings for timings in held if timings[0].median_ms <= self.fastest_ms * (1 + DISTURBED)]
+            if settled:
+                spreads = [*self.spreads, *map(measure.spread, calm)]
+                wanted = measure.sessions(statistics.median(spreads)) if spreads else 1
+        counted = calm or [min(held, key=lambda timings: timings[0].median_ms)]
+        self.spreads += map(measure.spread, counted)
+        self.reference_ms = self.reference_ms or statistics.median(dense.median_ms for dense, *_ in counted)
+        shares = [[timing.median_ms / dense.median_ms for timing in cut] for dense, *cut in counted]
+        return [self.reference_ms * statistics.median(of_one) for of_one in zip(*shares, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +166,7 @@ def preflight(
     else:
         units = [dict(allocate.floor(costs).widths), *measure.samples(costs.candidates, SAMPLES, seed)]
         with watch.stage("time the floor, the dense network and some between") as progress:
-            measured = bench.time([importance.best(scores, u) for u in units], progress)
+            measured = bench.time([importance.best(scores, u) for u in units], progress, settled=True)
         networks = tuple(Measured(u, costs.predict_ms(u), ms) for u, ms in zip(units, measured, strict=True))
         found = Preflight(bench.reference_ms, bench.noise, networks[0], networks)
         run.write("preflight.json", PREFLIGHT, found)
@@ -250,7 +260,7 @@ def _tried(plan: Plan, aims: Sequence[Aim], keep: Keep, size_bytes: float | None
 
 def _window(aims: Sequence[Aim]) -> tuple[float, float]:
     """How far under its budget a plan may be measured, by the noise that was seen so far."""
-    near = max(max(CLOSE, NOISY * aim.bench.noise, CALL_MS / aim.wanted_ms) for aim in aims)
+    near = max(max(CLOSE, NOISY * aim.bench.error, CALL_MS / aim.wanted_ms) for aim in aims)
     return near, max(UNUSED - CLOSE, 2 * near)
 
 
@@ -287,10 +297,10 @@ def _confirmed(bench: Bench, keep: Keep, wanted_ms: float) -> tuple[float, int]:
     """A network's latency and size; one that fits is measured once more, for of several tries the luckiest would be
     taken."""
     with bench.built([keep]) as artifacts:
-        (first,) = bench.timed(artifacts)
+        (first,) = bench.timed(artifacts, settled=True)
         if first > wanted_ms:
             return first, artifacts[0].size_bytes
-        (second,) = bench.timed(artifacts)
+        (second,) = bench.timed(artifacts, settled=True)
         return max(second, (first + second) / 2), artifacts[0].size_bytes
 
 
