@@ -27,6 +27,9 @@ COOL_S, COOL_STEP_S = 180.0, 5.0  # at most, and a look
 COPIES = 3  # a network is loaded this often to be timed ...
 SETTLED = 0.0025  # ... and again, in further sessions, until its latency is this certain ...
 SESSIONS = 4  # ... or it was in this many
+PROBE_VISITS, PROBE_S = (5, 25), 2.0  # of one network, alone, to see whether a device is calm
+PATIENCE_S = 60.0  # in all, for a busy device to become calm
+PAUSE_S = 3.0  # between two looks at it
 SENTINEL = LayerShape(
     op="conv", in_ch=64, out_ch=64, batch=1, spatial=(14, 14), kernel=(3, 3), stride=(1, 1), padding=(1, 1),
     dilation=(1, 1), conv_groups=1, fused=("relu",),
@@ -225,6 +228,28 @@ def time_networks(
     """
     timings = target.time(list(artifacts) * copies, *NETWORK_VISITS, NETWORK_INTERVAL, budget_s)
     return [pooled(timings[at :: len(artifacts)]) for at in range(len(artifacts))]
+
+
+def await_calm(artifact: Artifact, target: Target, limit_ms: float, patience_s: float) -> float:
+    """Wait until a network takes no longer than it should.
+
+    Args:
+        artifact: the network.
+        target: where.
+        limit_ms: what it may take.
+        patience_s: return after this long in any case.
+    Returns:
+        Seconds that were waited.
+    """
+    began = time.monotonic()
+    while (waited := time.monotonic() - began) < patience_s and probe_ms(artifact, target) > limit_ms:
+        time.sleep(min(PAUSE_S, patience_s - waited))
+    return waited
+
+
+def probe_ms(artifact: Artifact, target: Target) -> float:
+    """A network's latency at a glance."""
+    return target.time([artifact], *PROBE_VISITS, NETWORK_INTERVAL, PROBE_S)[0].median_ms
 
 
 def pooled(timings: Sequence[Timing]) -> Timing:

@@ -39,6 +39,8 @@ NOISY = 3.5  # ... or this many times the error of a measurement, where that is 
 CALL_MS = 0.0008  # ... or this, by which calling the runtime differs from one session to the next
 DISTURBED = 0.02  # a session in which the dense network is slower than this over its fastest one is held again ...
 AGAIN = 2  # ... at most this many of a measurement
+SESSION_S = 10.0
+LOOKS = 6  # at the dense network, before the first session: the second fastest says what it takes on a calm device
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class Bench:
         self.reference_ms = 0.0
         self.fastest_ms = math.inf  # of the dense network, in any session
         self.spreads: list[float] = []  # between copies of a network, in each session that counted
+        self.patience_s = measure.PATIENCE_S  # that is left
+        self.waited_s = 0.0
 
     @property
     def noise(self) -> float:
@@ -126,14 +130,16 @@ class Bench:
     def timed(self, artifacts: Sequence[Artifact], settled: bool = False) -> list[float]:
         """In one session or, settled, in as many as the copies' spread asks for; their median.
 
-        Disturbed sessions, in which the dense network is slower than it was, are held again. What disturbs one network
-        disturbs another less or more: one that fits in the cache, or does not.
+        A session waits until the dense network is as fast as it was, for as long as there is patience; one in which
+        it is slower is held again. What disturbs one network disturbs another less or more: dividing by the dense one
+        does not undo it.
         """
         held: list[list[Timing]] = []
         calm: list[list[Timing]] = []
         wanted = 1
         while len(calm) < wanted and len(held) < wanted + AGAIN:
-            held.append(measure.time_networks([self.dense, *artifacts], self.target))
+            self._await_calm()
+            held.append(measure.time_networks([self.dense, *artifacts], self.target, SESSION_S))
             self.fastest_ms = min(self.fastest_ms, held[-1][0].median_ms)
             calm = [timings for timings in held if timings[0].median_ms <= self.fastest_ms * (1 + DISTURBED)]
             if settled:
@@ -144,6 +150,14 @@ class Bench:
         self.reference_ms = self.reference_ms or statistics.median(dense.median_ms for dense, *_ in counted)
         shares = [[timing.median_ms / dense.median_ms for timing in cut] for dense, *cut in counted]
         return [self.reference_ms * statistics.median(of_one) for of_one in zip(*shares, strict=True)]
+
+    def _await_calm(self) -> None:
+        if math.isinf(self.fastest_ms) and self.patience_s:
+            self.fastest_ms = sorted(measure.probe_ms(self.dense, self.target) for _ in range(LOOKS))[1]
+        limit_ms = self.fastest_ms * (1 + DISTURBED)
+        waited = measure.await_calm(self.dense, self.target, limit_ms, self.patience_s)
+        self.patience_s -= waited
+        self.waited_s += waited
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,17 +232,23 @@ def meet(
     with watch.stage("find a plan that holds on the device") as progress:
         for attempt in range(TRIES):
             progress(attempt, TRIES)
+            fastest = [aim.bench.fastest_ms for aim in aims]
             budgets = [aim.wanted_ms * (1 - sum(_window(aims)) / 2) / b for aim, b in zip(aims, bias, strict=True)]
             plan = within_reach(aims, scores, allocator, budgets, size_bytes)
             tries.append(_tried(plan, aims, importance.best(scores, plan.widths), size_bytes))
-            if tries[-1].enough or (attempt and tries[-1].plan.widths == tries[-2].plan.widths):
-                break  # or the widths on offer have no plan between
             bias = [ms / aim.costs.predict_ms(plan.widths) for ms, aim in zip(tries[-1].each_ms, aims, strict=True)]
+            calmer = any(a.bench.fastest_ms < ms * (1 - DISTURBED) for a, ms in zip(aims, fastest, strict=True))
+            if calmer and attempt < TRIES - 1:
+                tries.clear()  # what was measured until now was disturbed
+            elif tries[-1].enough or (len(tries) > 1 and tries[-1].plan.widths == tries[-2].plan.widths):
+                break  # or the widths on offer have no plan between
     if not any(t.fits for t in tries) and len(aims) == 1:  # of several targets, each has a floor of its own
         tries.append(_smallest(aims, scores, size_bytes))
     good = [t for t in tries if t.fits]
     if not good:
         raise UnreachableBudget(_out_of_reach(tries, aims, size_bytes))
+    if any(aim.bench.waited_s >= 1 for aim in aims):
+        watch.say(f"waited {sum(aim.bench.waited_s for aim in aims):.0f} s in all for a busy device to become calm")
     best = max(good, key=lambda t: max(_shares(t.each_ms, aims)))
     under = 1 - max(_shares(best.each_ms, aims))
     spare = under > WASTE and not best.enough

@@ -13,6 +13,7 @@ import pytest
 import torch
 from sshd import Server
 
+from edgeprune import measure
 from edgeprune.host import Ssh
 
 os.environ["EDGEPRUNE_HOME"] = tempfile.mkdtemp(prefix="edgeprune-tests-")
@@ -22,6 +23,12 @@ torch.set_num_threads(1)
 _OPERATORS = torch.library.Library("torchvision", "DEF")
 for _name in ("nms", "qnms"):
     _OPERATORS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests run side by side: the device does not become calm while they last."""
+    monkeypatch.setattr(measure, "PATIENCE_S", 0.0)
 
 
 @pytest.fixture

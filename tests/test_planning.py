@@ -26,6 +26,7 @@ class Formula(Bench):
 
     def __init__(self, costs: Costs, slower: float) -> None:
         self.costs, self.slower, self.spreads = costs, slower, [NOISE]
+        self.fastest_ms, self.waited_s = 1.0, 0.0
 
     @contextmanager
     def built(self, keeps: Sequence[Keep], progress: Any = None) -> Iterator[list[Any]]:
@@ -84,6 +85,7 @@ class Sessions(Bench):
     def __init__(self, *sessions: tuple[float, float]) -> None:
         self.dense, self.target = self, self
         self.reference_ms, self.fastest_ms, self.spreads = 10.0, 10.0, []
+        self.patience_s = self.waited_s = 0.0
         self.left = list(sessions)
 
     def time(self, items: Sequence[Any], *bounds: float) -> list[Timing]:
@@ -108,6 +110,7 @@ class Copies(Bench):
     def __init__(self, apart: float, draw: np.random.Generator) -> None:
         self.dense, self.target = self, self
         self.reference_ms, self.fastest_ms, self.spreads = 10.0, 10.0, []
+        self.patience_s = self.waited_s = 0.0
         self.apart, self.draw, self.sessions = apart, draw, 0
 
     def time(self, items: Sequence[Any], *bounds: float) -> list[Timing]:
