@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .allocate import Candidates, Costs
+from .errors import UsageError
 from .records import Artifact, Block, DeviceState, Fingerprint, Layer, LayerShape, Progress, Timing
 from .store import Entry, Store
 from .table import IDENTITY, Correction, LatencyTable, fit, known, sums, surface, wanted
@@ -27,9 +29,7 @@ COOL_S, COOL_STEP_S = 180.0, 5.0  # at most, and a look
 COPIES = 3  # a network is loaded this often to be timed ...
 SETTLED = 0.0025  # ... and again, in further sessions, until its latency is this certain ...
 SESSIONS = 4  # ... or it was in this many
-PROBE_VISITS, PROBE_S = (5, 25), 2.0  # of one network, alone, to see whether a device is calm
-PATIENCE_S = 60.0  # in all, for a busy device to become calm
-PAUSE_S = 3.0  # between two looks at it
+PATIENCE, PATIENCE_S = "EDGEPRUNE_PATIENCE_S", 60.0  # in all, for a busy device to become calm
 SENTINEL = LayerShape(
     op="conv", in_ch=64, out_ch=64, batch=1, spatial=(14, 14), kernel=(3, 3), stride=(1, 1), padding=(1, 1),
     dilation=(1, 1), conv_groups=1, fused=("relu",),
@@ -230,26 +230,20 @@ def time_networks(
     return [pooled(timings[at :: len(artifacts)]) for at in range(len(artifacts))]
 
 
-def await_calm(artifact: Artifact, target: Target, limit_ms: float, patience_s: float) -> float:
-    """Wait until a network takes no longer than it should.
+def patience_s() -> float:
+    """How long to wait for a device that is busy, in seconds.
 
-    Args:
-        artifact: the network.
-        target: where.
-        limit_ms: what it may take.
-        patience_s: return after this long in any case.
-    Returns:
-        Seconds that were waited.
+    Raises:
+        UsageError: EDGEPRUNE_PATIENCE_S is no such number.
     """
-    began = time.monotonic()
-    while (waited := time.monotonic() - began) < patience_s and probe_ms(artifact, target) > limit_ms:
-        time.sleep(min(PAUSE_S, patience_s - waited))
-    return waited
-
-
-def probe_ms(artifact: Artifact, target: Target) -> float:
-    """A network's latency at a glance."""
-    return target.time([artifact], *PROBE_VISITS, NETWORK_INTERVAL, PROBE_S)[0].median_ms
+    text = os.environ.get(PATIENCE, str(PATIENCE_S))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < math.inf:
+        raise UsageError(f"{PATIENCE}={text}: give the seconds to wait for a busy device to become calm, 0 or more")
+    return seconds
 
 
 def pooled(timings: Sequence[Timing]) -> Timing:

@@ -20,6 +20,7 @@ from . import (
     importance,
     measure,
     planning,
+    rivals,
     runs,
     shaping,
     strategies,
@@ -309,7 +310,10 @@ def _chosen(
         job.dense, job.graph, student.model, student.keep, scores, job.task, Run(folder), job.asked.protected
     )
     allocator, scores = strategies.allocator(subject, left, schedule, job.asked, job.watch)
-    return strategies.choose(left, scores, allocator, job.asked, schedule[0], last, job.watch)
+    chosen = strategies.choose(left, scores, allocator, job.asked, schedule[0], last, job.watch)
+    if last and job.asked.strategy in strategies.LOOKING:
+        rivals.compare(subject, scores, left[0], chosen, job.asked, job.watch)
+    return chosen
 
 
 def hold_floors(job: Job, student: Student, begun: Student, aims: Sequence[Aim]) -> Student:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import shutil
 import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
@@ -37,10 +39,10 @@ UNUSED = 0.03  # of a budget, at most: a plan further below it is improved
 CLOSE = 0.0075  # a plan is this far under its budget, at least: what its next measurement may differ by ...
 NOISY = 3.5  # ... or this many times the error of a measurement, where that is more ...
 CALL_MS = 0.0008  # ... or this, by which calling the runtime differs from one session to the next
-DISTURBED = 0.02  # a session in which the dense network is slower than this over its fastest one is held again ...
-AGAIN = 2  # ... at most this many of a measurement
+DISTURBED = 0.015  # a session in which the dense network is slower than this over the calm ones is held again, ...
+CALM = 25  # ... the fastest quarter of all sessions, in percent, ...
+AGAIN = 2  # ... at most this many of a measurement, and as long as there is patience
 SESSION_S = 10.0
-LOOKS = 6  # at the dense network, before the first session: the second fastest says what it takes on a calm device
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,9 @@ class Bench:
         self.calibration = calibration
         self.dense = self.export(model, folder / "dense")
         self.reference_ms = 0.0
-        self.fastest_ms = math.inf  # of the dense network, in any session
+        self.dense_ms: list[float] = []  # in each session, disturbed or not
         self.spreads: list[float] = []  # between copies of a network, in each session that counted
-        self.patience_s = measure.PATIENCE_S  # that is left
-        self.waited_s = 0.0
+        self.patience_s = measure.patience_s()  # that is left for disturbed sessions
 
     @property
     def noise(self) -> float:
@@ -127,21 +128,27 @@ class Bench:
     def export(self, module: nn.Module, folder: Path) -> Artifact:
         return self.target.export(module, self.graph.example, folder, self.calibration)
 
+    @property
+    def calm_ms(self) -> float:
+        """What the dense network takes where nothing disturbs it, as far as was seen."""
+        return float(np.percentile(self.dense_ms, CALM)) if self.dense_ms else math.inf
+
     def timed(self, artifacts: Sequence[Artifact], settled: bool = False) -> list[float]:
         """In one session or, settled, in as many as the copies' spread asks for; their median.
 
-        A session waits until the dense network is as fast as it was, for as long as there is patience; one in which
-        it is slower is held again. What disturbs one network disturbs another less or more: dividing by the dense one
-        does not undo it.
+        Disturbed sessions, in which the dense network is slower than it was, are held again. What disturbs one network
+        disturbs another less or more: dividing by the dense one does not undo it.
         """
         held: list[list[Timing]] = []
         calm: list[list[Timing]] = []
         wanted = 1
-        while len(calm) < wanted and len(held) < wanted + AGAIN:
-            self._await_calm()
+        while len(calm) < wanted and (len(held) < wanted + AGAIN or self.patience_s > 0):
+            began = time.monotonic()
             held.append(measure.time_networks([self.dense, *artifacts], self.target, SESSION_S))
-            self.fastest_ms = min(self.fastest_ms, held[-1][0].median_ms)
-            calm = [timings for timings in held if timings[0].median_ms <= self.fastest_ms * (1 + DISTURBED)]
+            self.dense_ms.append(held[-1][0].median_ms)
+            calm = [timings for timings in held if timings[0].median_ms <= self.calm_ms * (1 + DISTURBED)]
+            if held[-1] not in calm:
+                self.patience_s -= time.monotonic() - began
             if settled:
                 spreads = [*self.spreads, *map(measure.spread, calm)]
                 wanted = measure.sessions(statistics.median(spreads)) if spreads else 1
@@ -150,14 +157,6 @@ class Bench:
         self.reference_ms = self.reference_ms or statistics.median(dense.median_ms for dense, *_ in counted)
         shares = [[timing.median_ms / dense.median_ms for timing in cut] for dense, *cut in counted]
         return [self.reference_ms * statistics.median(of_one) for of_one in zip(*shares, strict=True)]
-
-    def _await_calm(self) -> None:
-        if math.isinf(self.fastest_ms) and self.patience_s:
-            self.fastest_ms = sorted(measure.probe_ms(self.dense, self.target) for _ in range(LOOKS))[1]
-        limit_ms = self.fastest_ms * (1 + DISTURBED)
-        waited = measure.await_calm(self.dense, self.target, limit_ms, self.patience_s)
-        self.patience_s -= waited
-        self.waited_s += waited
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +174,8 @@ def preflight(
     """Measure the floor and some networks between, and correct the predictions by them. Kept in the run folder."""
     if run.has("preflight.json"):
         found = as_record(Preflight, run.read("preflight.json", PREFLIGHT))
-        bench.reference_ms = bench.fastest_ms = found.dense_ms
+        bench.reference_ms = found.dense_ms
+        bench.dense_ms.append(found.dense_ms)
         bench.spreads.append(found.noise)
     else:
         units = [dict(allocate.floor(costs).widths), *measure.samples(costs.candidates, SAMPLES, seed)]
@@ -232,12 +232,12 @@ def meet(
     with watch.stage("find a plan that holds on the device") as progress:
         for attempt in range(TRIES):
             progress(attempt, TRIES)
-            fastest = [aim.bench.fastest_ms for aim in aims]
+            before = [aim.bench.calm_ms for aim in aims]
             budgets = [aim.wanted_ms * (1 - sum(_window(aims)) / 2) / b for aim, b in zip(aims, bias, strict=True)]
             plan = within_reach(aims, scores, allocator, budgets, size_bytes)
             tries.append(_tried(plan, aims, importance.best(scores, plan.widths), size_bytes))
             bias = [ms / aim.costs.predict_ms(plan.widths) for ms, aim in zip(tries[-1].each_ms, aims, strict=True)]
-            calmer = any(a.bench.fastest_ms < ms * (1 - DISTURBED) for a, ms in zip(aims, fastest, strict=True))
+            calmer = any(aim.bench.calm_ms < ms * (1 - DISTURBED) for aim, ms in zip(aims, before, strict=True))
             if calmer and attempt < TRIES - 1:
                 tries.clear()  # what was measured until now was disturbed
             elif tries[-1].enough or (len(tries) > 1 and tries[-1].plan.widths == tries[-2].plan.widths):
@@ -247,8 +247,6 @@ def meet(
     good = [t for t in tries if t.fits]
     if not good:
         raise UnreachableBudget(_out_of_reach(tries, aims, size_bytes))
-    if any(aim.bench.waited_s >= 1 for aim in aims):
-        watch.say(f"waited {sum(aim.bench.waited_s for aim in aims):.0f} s in all for a busy device to become calm")
     best = max(good, key=lambda t: max(_shares(t.each_ms, aims)))
     under = 1 - max(_shares(best.each_ms, aims))
     spare = under > WASTE and not best.enough

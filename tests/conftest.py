@@ -13,22 +13,16 @@ import pytest
 import torch
 from sshd import Server
 
-from edgeprune import measure
 from edgeprune.host import Ssh
 
 os.environ["EDGEPRUNE_HOME"] = tempfile.mkdtemp(prefix="edgeprune-tests-")
+os.environ["EDGEPRUNE_PATIENCE_S"] = "0"  # tests run side by side: the device does not become calm while they last
 torch.set_num_threads(1)
 
 # torchvision's wheel is built for CUDA; on a CPU build of torch its operators have to be declared before it imports
 _OPERATORS = torch.library.Library("torchvision", "DEF")
 for _name in ("nms", "qnms"):
     _OPERATORS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests run side by side: the device does not become calm while they last."""
-    monkeypatch.setattr(measure, "PATIENCE_S", 0.0)
 
 
 @pytest.fixture

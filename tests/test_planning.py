@@ -13,7 +13,7 @@ from test_allocate import Residual, made_up
 
 from edgeprune import allocate, measure, planning
 from edgeprune.allocate import Costs
-from edgeprune.errors import UnreachableBudget
+from edgeprune.errors import UnreachableBudget, UsageError
 from edgeprune.planning import Aim, Bench
 from edgeprune.records import Keep, Timing
 from edgeprune.watch import Silent
@@ -26,7 +26,7 @@ class Formula(Bench):
 
     def __init__(self, costs: Costs, slower: float) -> None:
         self.costs, self.slower, self.spreads = costs, slower, [NOISE]
-        self.fastest_ms, self.waited_s = 1.0, 0.0
+        self.dense_ms = [1.0]
 
     @contextmanager
     def built(self, keeps: Sequence[Keep], progress: Any = None) -> Iterator[list[Any]]:
@@ -84,8 +84,7 @@ class Sessions(Bench):
 
     def __init__(self, *sessions: tuple[float, float]) -> None:
         self.dense, self.target = self, self
-        self.reference_ms, self.fastest_ms, self.spreads = 10.0, 10.0, []
-        self.patience_s = self.waited_s = 0.0
+        self.reference_ms, self.dense_ms, self.spreads, self.patience_s = 10.0, [10.0] * 9, [], 0.0
         self.left = list(sessions)
 
     def time(self, items: Sequence[Any], *bounds: float) -> list[Timing]:
@@ -109,8 +108,7 @@ class Copies(Bench):
 
     def __init__(self, apart: float, draw: np.random.Generator) -> None:
         self.dense, self.target = self, self
-        self.reference_ms, self.fastest_ms, self.spreads = 10.0, 10.0, []
-        self.patience_s = self.waited_s = 0.0
+        self.reference_ms, self.dense_ms, self.spreads, self.patience_s = 10.0, [10.0], [], 0.0
         self.apart, self.draw, self.sessions = apart, draw, 0
 
     def time(self, items: Sequence[Any], *bounds: float) -> list[Timing]:
@@ -133,3 +131,66 @@ def test_where_copies_differ_more_a_settled_measurement_takes_more_of_them(
     assert bench.sessions == 400 * sessions
     assert float(np.std(found)) / 5.0 == pytest.approx(2**0.5 * bench.error, rel=0.2)
     assert bench.error <= measure.SETTLED or sessions == measure.SESSIONS
+
+
+class Clock:
+    """Time passes when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Busy(Bench):
+    """The dense network takes 12 ms for the first minute, then 10; the other one half as long, and 8 ms at first."""
+
+    def __init__(self, clock: Clock, patience_s: float) -> None:
+        self.dense, self.target = self, self
+        self.reference_ms, self.dense_ms, self.spreads = 10.0, [10.0] * 99, []
+        self.patience_s, self.clock = patience_s, clock
+
+    def time(self, items: Sequence[Any], *bounds: float) -> list[Timing]:
+        self.clock.sleep(1.0)
+        each = (12.0, 8.0) if self.clock.now < 60 else (10.0, 5.0)
+        return [Timing(ms, ms, ms, 1, (ms,), 0.0) for ms in (each * len(items))[: len(items)]]
+
+
+@pytest.mark.parametrize(("patience_s", "found_ms"), [(600.0, 5.0), (20.0, 8 / 1.2)])
+def test_disturbed_sessions_are_held_again_until_there_is_no_patience_left(
+    patience_s: float, found_ms: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "time", clock := Clock())
+    bench = Busy(clock, patience_s)
+    assert bench.timed([None]) == pytest.approx([found_ms])
+    assert clock.now == pytest.approx(min(patience_s, 60.0), abs=1)
+    assert bench.patience_s == pytest.approx(max(patience_s - 60, 0), abs=1)
+
+
+class Calmer(Formula):
+    """At first a device on which networks seem a third slower; it is calm from the second plan on."""
+
+    def timed(self, artifacts: Sequence[Any], settled: bool = False) -> list[float]:
+        self.slower, self.dense_ms = (1.3, [1.2]) if self.calm_ms > 1.2 else (1.0, [1.0])
+        return super().timed(artifacts)
+
+
+def test_what_was_measured_before_the_device_became_calm_does_not_count() -> None:
+    _, costs, scores = made_up(Residual(), choices=8)
+    bench = Calmer(costs, 1.3)
+    bench.dense_ms = [1.5]
+    budget = 0.6 * costs.predict_ms(costs.dense)
+    chosen = planning.meet([Aim(bench, costs, budget)], scores, allocate.solve, Silent())
+    assert all(a.measured_ms == bench.milliseconds(dict(a.units)) for a in chosen.attempts)
+    assert 0.9 * budget <= chosen.measured_ms <= (1 - NOISE) * budget
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "inf", "nan"])
+def test_patience_that_is_no_number_of_seconds_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(measure.PATIENCE, text)
+    with pytest.raises(UsageError, match=f"EDGEPRUNE_PATIENCE_S={text}: give the seconds"):
+        measure.patience_s()

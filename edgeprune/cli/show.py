@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from .. import files, verify
+from .. import files, rivals, verify
 from ..errors import MissedError
 from ..search import front
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..pipeline import Outcome
     from ..profiling import Profile
     from ..records import NetworkCheck, VerifyReport
+    from ..rivals import Rival
     from ..series import Series
 
 SHOWN = 12  # rows of a long list
@@ -124,6 +125,8 @@ def missed(outcome: Outcome) -> list[str]:
 def _finished(outcome: Outcome, page: Path) -> None:
     if (path := outcome.run.path(f"step-1/{front.NAME}.json")).exists():
         _front(front.read(path), path.with_suffix(".html"))
+    if beside := rivals.last(outcome.run):
+        _rivals(beside)
     _report(outcome.report)
     for name, report in outcome.others:
         print(f"\non {name}:")
@@ -138,6 +141,15 @@ def _front(choices: Sequence[front.Choice], picture: Path) -> None:
         table.add_row(f"{choice.predicted_ms:.4g}", f"{choice.accuracy:.2%}", f"{choice.loss:.3f}")
     _console().print(table)
     print(f"front: {picture} (another of its plans: edgeprune compress --latency-ms MS)")
+
+
+def _rivals(beside: Sequence[Rival]) -> None:
+    """What a strategy's plan buys over those that judge nothing."""
+    table = Table("strategy", "predicted ms", "measured ms", "loss", "accuracy before training")
+    for rival in beside:
+        times = (f"{rival.predicted_ms:.4g}", f"{rival.measured_ms:.4g}")
+        table.add_row(rival.strategy, *times, f"{rival.loss:.3f}", f"{rival.accuracy:.2%}")
+    _console().print(table)
 
 
 def _report(report: VerifyReport) -> None:

@@ -32,6 +32,7 @@ WHAT = (
     ("step-*/*.safetensors", "checkpoint"),
     ("floors.json", "the floors' metrics on the search split, of each network that was trained"),
     ("step-*/search.jsonl", "every network that the search judged"),
+    ("step-*/rivals.json", "the strategy's plan, the knapsack's and uniform widths, judged alike before training"),
     ("step-*/front.*", "networks that none beats in both accuracy and latency"),
     ("model.safetensors", "weights of the pruned network"),
     ("recipe.json", "units kept: with the weights it rebuilds the pruned network from its original class"),

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .. import finetune, pipeline, planning, runs, verify
+from .. import finetune, pipeline, planning, rivals, runs, verify
 from ..errors import RunError
 from ..finetune import Epoch
 from ..planning import Chosen, Preflight
 from ..records import LayerRow, VerifyReport
+from ..rivals import Rival
 from ..runs import Run
 from ..table import Correction
 
@@ -45,6 +46,7 @@ class Step:
     before: float | None
     cut: float | None
     epochs: tuple[Epoch, ...]
+    rivals: tuple[Rival, ...]  # the step's plan and the plain ones beside it, of strategies that judge networks
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ def _steps(run: Run) -> Iterator[Step]:
             before=_known(accuracy.get("before")),
             cut=_known(accuracy.get("cut")),
             epochs=tuple(runs.as_record(Epoch, epoch) for epoch in epochs),
+            rivals=tuple(rivals.read(run, number)),
         )
         number += 1
 
