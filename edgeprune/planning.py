@@ -236,7 +236,7 @@ def meet(
             budgets = [aim.wanted_ms * (1 - sum(_window(aims)) / 2) / b for aim, b in zip(aims, bias, strict=True)]
             plan = within_reach(aims, scores, allocator, budgets, size_bytes)
             tries.append(_tried(plan, aims, importance.best(scores, plan.widths), size_bytes))
-            bias = [ms / aim.costs.predict_ms(plan.widths) for ms, aim in zip(tries[-1].each_ms, aims, strict=True)]
+            bias = [_bias(tries, aims, at) for at in range(len(aims))]
             calmer = any(aim.bench.calm_ms < ms * (1 - DISTURBED) for aim, ms in zip(aims, before, strict=True))
             if calmer and attempt < TRIES - 1:
                 tries.clear()  # what was measured until now was disturbed
@@ -274,6 +274,13 @@ def _tried(plan: Plan, aims: Sequence[Aim], keep: Keep, size_bytes: float | None
     fits = used <= 1 - window[0] and (size_bytes is None or size <= size_bytes)
     full = size_bytes is not None and size >= size_bytes * (1 - UNUSED)
     return Try(plan, keep, each_ms, size, fits, fits and (full or used >= 1 - window[1]))
+
+
+def _bias(tries: Sequence[Try], aims: Sequence[Aim], at: int) -> float:
+    """How far a target's predictions are off around its budget: the mean of the two nearest plans, for one is noisy."""
+    aim = aims[at]
+    near = sorted(tries, key=lambda t: abs(t.each_ms[at] / aim.wanted_ms - 1))[:2]
+    return statistics.fmean(t.each_ms[at] / aim.costs.predict_ms(t.plan.widths) for t in near)
 
 
 def _window(aims: Sequence[Aim]) -> tuple[float, float]:
