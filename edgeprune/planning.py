@@ -42,7 +42,7 @@ CALL_MS = 0.0008  # ... or this, by which calling the runtime differs from one s
 DISTURBED = 0.015  # a session in which the dense network is slower than this over the calm ones is held again, ...
 CALM = 25  # ... the fastest quarter of all sessions, in percent, ...
 AGAIN = 2  # ... at most this many of a measurement, and as long as there is patience
-SESSION_S = 10.0
+SESSION_S = 6.0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import small
 import torch
 
 import edgeprune
-from edgeprune import project, runs, search, verify
+from edgeprune import project, rivals, runs, search, strategies, verify
 from edgeprune.config import CompressSection
 from edgeprune.records import VerifyReport
 from edgeprune.runs import Run
@@ -42,6 +42,8 @@ def test_compress_goes_from_a_project_to_a_verdict_with(strategy: str, tmp_path:
         right = sum(int((module(x).argmax(1) == y).sum()) for x, y in opened.data.final.batches(64))
     assert report.pruned.accuracy is not None
     assert abs(report.pruned.accuracy.correct - right) <= 1  # a tie may fall to either side
+    beside = [rival.strategy for rival in rivals.last(run)]
+    assert beside == ([strategy, "knapsack", "uniform"] if strategy in strategies.LOOKING else [])
     journal = run.path(f"step-1/{search.JOURNAL}")
     assert journal.exists() == (strategy in search.NAMES)
     if journal.exists():
