@@ -22,7 +22,7 @@ from ..errors import TraceError
 from ..graph import Example, ModelGraph, as_call
 from ..graph.blocks import branch_ops
 from ..graph.record import record
-from ..graph.recording import Call, Op, Recording, Ref
+from ..graph.recording import Call, Op, Recording, Ref, Value
 from ..graph.rules import has_rule, name_of
 from ..graph.run import arguments
 from ..records import Block
@@ -50,6 +50,17 @@ class ChannelMap(nn.Module):
         if x.dim() == 4 and self.axis == 1:
             return functional.conv2d(x, chosen[:, :, None, None])
         return functional.linear(x.movedim(self.axis, -1), chosen).movedim(-1, self.axis)
+
+
+class Constant(nn.Module):
+    """A tensor that the network holds outside of its state dict; it stays outside."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value, persistent=False)
+
+    def forward(self) -> Tensor:
+        return self.get_buffer("value")
 
 
 class BatchNorm(nn.Module):
@@ -138,16 +149,22 @@ class _Builder:
     def _node(self, ref: Ref) -> fx.Node:
         if ref.value not in self.nodes:
             value = self.recording.values[ref.value]
-            name = value.name
-            if value.source != "state":
-                if value.constant is None:
-                    raise TraceError(
-                        "this network keeps tensors between calls; wrap it so that its forward makes them anew"
-                    )
-                name = f"_constant_{ref.value}"
-                self.root.register_buffer(name, value.constant.clone(), persistent=False)
-            self.nodes[ref.value] = self.graph.get_attr(name)
+            held = self._held(value)
+            if held is None:
+                self.nodes[ref.value] = self.graph.get_attr(value.name)
+            else:
+                self.nodes[ref.value] = self._new_module(f"_constant_{ref.value}", Constant(held.clone()), ())
         return self.nodes[ref.value]
+
+    def _held(self, value: Value) -> Tensor | None:
+        """A tensor that is no part of the network's state dict, and must be none of the cut one's."""
+        if value.source == "state":
+            path, _, key = value.name.rpartition(".")
+            owner = self.root.get_submodule(path)
+            return owner.get_buffer(key) if key in owner._non_persistent_buffers_set else None
+        if value.constant is None:
+            raise TraceError("this network keeps tensors between calls; wrap it so that its forward makes them anew")
+        return value.constant
 
     def _nodes(self, tree: Any) -> Any:
         if isinstance(tree, Ref):
@@ -161,6 +178,8 @@ class _Builder:
         return tree
 
     def _new_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> fx.Node:
+        while hasattr(self.root, name):  # of a network that was rebuilt before
+            name += "_"
         self.root.add_module(name, module)
         return self.graph.call_module(name, args)
 
