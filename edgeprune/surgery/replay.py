@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_flatten, tree_map
 from ..errors import TraceError
 from ..graph import Example, ModelGraph, as_call
 from ..graph.blocks import branch_ops
-from ..graph.record import record
 from ..graph.recording import Call, Op, Recording, Ref, Value
-from ..graph.rules import has_rule, name_of
+from ..graph.rules import name_of
 from ..graph.run import arguments
 from ..records import Block
+from . import origin
 from .rewrite import Arguments, Rewriter, numbers_in
 
 aten = torch.ops.aten
@@ -80,17 +80,20 @@ def build(
     """The cut network as a graph module.
 
     Args:
-        model: the dense network, to find out which sizes count the batch.
+        model: the dense network, to find out whether the recording is its own, and which sizes count the batch.
         root: a copy of it with sliced tensors, whose submodules and parameters are used.
         graph, rewriter: the recording and what the cut makes of it.
         dropped: blocks to leave out.
+    Raises:
+        SurgeryError: the recording is of another network.
+        TraceError: it decides on its data, or keeps tensors between calls.
     """
     if dropped:  # a shortcut that is written in place would overwrite what others still read
         for part in root.modules():
             if hasattr(part, "inplace"):
                 setattr(part, "inplace", False)  # noqa: B010
     builder = _Builder(root, graph.example, rewriter, dropped)
-    builder.doubled = _doubled(model, graph.example, rewriter.recording)
+    builder.doubled = origin.doubled(model, graph.example, rewriter.recording)
     return builder.build()
 
 
@@ -342,19 +345,3 @@ def _out_of_place(func: OpOverload[..., Any]) -> OpOverload[..., Any]:
     packet = getattr(aten, name_of(func), None)
     found = getattr(packet, func._overloadname, None)
     return found if found is not None else func
-
-
-def _doubled(model: nn.Module, example: Example, recording: Recording) -> Recording | None:
-    """The recording on twice the batch; None where the network takes one batch size only."""
-
-    def twice(item: Any) -> Any:
-        return torch.cat([item, item]) if isinstance(item, Tensor) and item.dim() else item
-
-    args, kwargs = as_call(example)
-    double = tuple(map(twice, args)) or {k: twice(v) for k, v in kwargs.items()}
-    try:
-        larger = record(model, double, has_rule, like=recording)
-    except TraceError:
-        return None
-    same = [op.func for op in larger.ops] == [op.func for op in recording.ops]
-    return larger if same else None
