@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nets import NETS, Auxiliary, FusedAttention, Stochastic, image
+from nets import NETS, Auxiliary, Decides, FusedAttention, Stochastic, image
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
@@ -164,6 +164,32 @@ def test_a_cut_network_gives_the_same_in_onnx_runtime(name: str, tmp_path: Path)
     there = session.run(None, {session.get_inputs()[0].name: example.numpy()})
     for ours, theirs in zip(proof.outputs(cut, example), there, strict=True):
         np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_that_decides_on_its_data_is_not_exported_and_its_line_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        TraceError,
+        match=r"^Decides cannot be exported to ONNX: it decides on the data at \S*nets\.py:\d+ "
+        r"\(`x = self\.c\(x\) if x\.sum\(\) > 0 else self\.d\(x\)`\)\. Move that part out of .*, into a wrapper around",
+    ):
+        export.to_onnx(Decides(), image(), tmp_path / "decides.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_with_an_operator_that_onnx_lacks_is_not_exported_and_it_is_named(tmp_path: Path) -> None:
+    class Bessel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.special.bessel_j0(self.fc(x))
+
+    with pytest.raises(
+        TraceError,
+        match=r"Bessel cannot be exported to ONNX: it has nothing for the operator prims\.bessel_j0\. Move",
+    ):
+        export.to_onnx(Bessel(), image(2, 6), tmp_path / "bessel.onnx")
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------
