@@ -177,6 +177,8 @@ def problem_of(
 ) -> knapsack.Problem:
     """Values and costs of every choice, for `knapsack.solve`: the device's latency first, then the further limits.
 
+    The groups of a block go together or not at all, and gone they are worth nothing (see `Block`).
+
     Args:
         costs, importance, limits: as the plan's.
         side: where the lines lie that price layers behind concats of many groups, in every cost.

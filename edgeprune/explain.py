@@ -171,10 +171,9 @@ def _explained(
 def _rows(costs: Costs, units: Mapping[str, int], least: Mapping[str, int]) -> tuple[Row, ...]:
     present = {s.layer.name for s in costs.present(units)}
     rows = []
-    for s, layer in zip(costs.surfaces, costs.rows(units), strict=True):
-        shape = shape_at(s.layer, least)
+    for s, layer, smallest in zip(costs.surfaces, costs.rows(units), costs.rows(least), strict=True):
         stairs_ = _layer_stairs(s, costs, units) if layer.name in present else None
-        rows.append(Row(layer, s.at(shape.in_ch, shape.out_ch), stairs_))
+        rows.append(Row(layer, smallest.planned_ms, stairs_))
     return tuple(rows)
 
 

@@ -42,18 +42,23 @@ def dropped_layers(blocks: Iterable[Block], units: Mapping[str, int]) -> set[str
 
 
 def size_limit(
-    layers: Sequence[Layer], candidates: Mapping[str, tuple[int, ...]], dense_bytes: int, budget_bytes: float
+    layers: Sequence[Layer],
+    candidates: Mapping[str, tuple[int, ...]],
+    dense: Mapping[str, int],
+    dense_bytes: int,
+    budget_bytes: float,
 ) -> Limit:
     """The size of the exported file as a budget.
 
     Args:
         layers: all of the network.
-        candidates: widths that plans may choose.
+        candidates: widths that plans may choose; a later step offers fewer.
+        dense: units of the uncut network.
         dense_bytes: of the uncut network's file: what its layers' weights do not explain stays.
         budget_bytes: for the file.
     """
-    parts = tuple(Part(layer, *reach(layer, candidates), partial(_bytes_at, layer)) for layer in layers)
-    dense = {g: widths[-1] for g, widths in candidates.items()}
+    every = {g: tuple(sorted({*widths, dense[g]})) for g, widths in candidates.items()}
+    parts = tuple(Part(layer, *reach(layer, every), partial(_bytes_at, layer)) for layer in layers)
     rest = dense_bytes - Limit("", parts, 0.0, 0.0).predict(dense, ())
     return Limit("size in bytes", parts, rest, budget_bytes)
 

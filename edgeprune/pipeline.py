@@ -245,10 +245,10 @@ def write_layers(run: Run, costs: Costs, steps: int) -> None:
 def latency_costs(job: Job, target: Target, store: Store) -> Costs:
     """Measure what the store does not know about this network's layers on this device."""
     asked = job.asked
-    blocks = job.graph.blocks if asked.drop_blocks else ()
+    whole = set(shaping.isolated(job.graph, asked.soft)) if asked.soft is not None else set()
+    blocks = tuple(b for b in job.graph.blocks if not whole & set(b.groups)) if asked.drop_blocks else ()
     candidates = widths.candidates(job.graph.groups, asked.min_width, asked.protected, blocks)
-    if asked.soft is not None:
-        candidates |= {g: candidates[g][-1:] for g in shaping.isolated(job.graph, asked.soft)}
+    candidates |= {g: candidates[g][-1:] for g in whole}
     layers = measure.timed(job.graph.layers, target)
     with job.watch.stage("measure layers") as progress:
         table, filled = measure.fill(layers, candidates, target, store, progress)
@@ -281,7 +281,7 @@ def prune_step(
     if (folder / "weights.safetensors").exists():
         load_state(cut, read_tensors(folder / "weights.safetensors"), folder)
         return Student(cut, chosen.keep)
-    narrowed = surgery.narrow(student.model.state_dict(), job.graph, student.keep, chosen.keep)
+    narrowed = surgery.narrow(student.model.state_dict(), job.graph, student.keep, chosen.keep, cut)
     load_state(cut, narrowed, folder)
     with watch.stage("re-estimate batch norm"):
         task.adapt(cut)

@@ -354,8 +354,8 @@ def further_limits(aims: Sequence[Aim], budgets: Sequence[float], size_bytes: fl
         for aim, budget in zip(others, budgets[1:], strict=True)
     ]
     if size_bytes is not None:
-        layers, dense = first.bench.graph.layers, first.bench.dense.size_bytes
-        limits.append(size_limit(layers, first.costs.candidates, dense, size_bytes))
+        layers, dense_bytes = first.bench.graph.layers, first.bench.dense.size_bytes
+        limits.append(size_limit(layers, first.costs.candidates, first.costs.dense, dense_bytes, size_bytes))
     return limits
 
 

@@ -86,7 +86,12 @@ class FrozenChannels:
 
 @dataclass(frozen=True)
 class Block:
-    """A residual branch that can be dropped whole; then its groups have width 0."""
+    """A residual branch that can be dropped whole; then its groups have width 0.
+
+    By that a plan loses all that its groups are worth: every unit, the best one too, which stays under any other width.
+    What the branch's last layer adds to residual channels is worth what those channels are, and is not taken off while
+    they stay (MDP, arXiv 2504.02168, takes that layer's share off as well); the next step scores them without it.
+    """
 
     id: str  # module path of the addition
     op: int  # index of the addition in the recording

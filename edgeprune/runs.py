@@ -115,8 +115,10 @@ def read_example(path: Path) -> Example:
 def save_model(run: Run, module: nn.Module, graph: ModelGraph, keep: Keep) -> None:
     """Weights and recipe; the recipe comes last."""
     save_tensors(module.state_dict(), run.path("model.safetensors"))
-    recipe = {"fingerprint": graph.fingerprint, "keep": {g: list(units) for g, units in keep.items()}}
-    run.write("recipe.json", RECIPE, recipe)
+    kept = {g: list(units) for g, units in keep.items()}
+    run.write(
+        "recipe.json", RECIPE, {"fingerprint": graph.fingerprint, "protected": list(graph.protected), "keep": kept}
+    )
 
 
 def load_model(run: Run, dense: nn.Module) -> nn.Module:
@@ -129,7 +131,7 @@ def load_model(run: Run, dense: nn.Module) -> nn.Module:
         RunError: the run is not finished, damaged, or of another network.
     """
     recipe = run.read("recipe.json", RECIPE)
-    graph = trace(dense, read_example(run.path(EXAMPLE)))
+    graph = trace(dense, read_example(run.path(EXAMPLE)), recipe.get("protected", ()))
     if graph.fingerprint != recipe["fingerprint"]:
         raise RunError(
             f"{run.folder} was made from another network (fingerprint {recipe['fingerprint']}, this one has "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from .importance import Importance
 from .limits import Limit
 from .magnitude import Masks
 from .magnitude.dead import dead
-from .records import ChannelGroup
+from .records import ChannelGroup, Keep
 from .search import Subject
 from .watch import Watch
 
@@ -206,10 +206,18 @@ def prepared(
     """The gates of a network, its goal, and the share of each group that may go at most."""
     groups = surgery.narrow_groups(subject.graph, subject.keep)
     scores = {g.id: subject.scores[g.id][list(subject.keep.get(g.id, range(g.width)))] for g in groups}
-    goal = soft.amounts.latency_goal(costs, budget_ms, settings.tolerance)
+    goal = soft.amounts.latency_goal(_left(costs, subject.keep), budget_ms, settings.tolerance)
     least = {g.id: min((w for w in costs.candidates[g.id] if w), default=g.width) for g in groups}
     most = {g.id: max(0.0, 1 - least[g.id] / g.width) for g in groups}
     return soft.Gates(subject.student, groups, scores), goal, most
+
+
+def _left(costs: Costs, keep: Keep) -> Costs:
+    """Without the layers of blocks that were dropped before."""
+    units = {g: len(keep[g]) if g in keep else n for g, n in costs.dense.items()}
+    gone = {g for g, n in units.items() if not n}
+    each = [(s, s.layer.in_width.terms + s.layer.out_width.terms) for s in costs.present(units)]
+    return replace(costs, surfaces=tuple(s for s, terms in each if not gone & {g for g, _ in terms}))
 
 
 def _images(subject: Subject) -> Iterable[tuple[Tensor, Tensor]]:

@@ -162,7 +162,7 @@ def test_a_predicted_size_is_that_of_the_cut_networks_weights() -> None:
     net = Residual()
     graph, costs, scores = made_up(net, choices=4)
     dense_bytes = 4 * graph.total_params
-    limit = size_limit(graph.layers, costs.candidates, dense_bytes, 0.4 * dense_bytes)
+    limit = size_limit(graph.layers, costs.candidates, costs.dense, dense_bytes, 0.4 * dense_bytes)
     plan = allocate.solve(costs, scores, 10.0, [limit])
     cut = surgery.cut(net, graph, importance.best(scores, plan.widths))
     weights = 4 * sum(p.numel() for p in cut.parameters() if p.dim() > 1)
@@ -171,9 +171,29 @@ def test_a_predicted_size_is_that_of_the_cut_networks_weights() -> None:
     assert 0.3 * dense_bytes < weights + biases <= 0.4 * dense_bytes
 
 
+def test_a_later_step_predicts_the_same_size_for_the_same_widths() -> None:
+    """Fewer widths are on offer, and a dropped block has none; what lies in the file besides weights stays the same."""
+    graph, costs, scores = made_up(Residual(), choices=4, blocks=True)
+    plan = allocate.solve(costs, scores, 0.3 * costs.predict_ms(costs.dense))
+    units = {**plan.widths, "one": 0}
+    left, dense_bytes = allocate.at_most(costs, units), 4 * graph.total_params + 1000
+    early, late = (size_limit(graph.layers, c.candidates, c.dense, dense_bytes, 1e5) for c in (costs, left))
+    assert late.predict(units, costs.blocks) == pytest.approx(early.predict(units, costs.blocks))
+    assert early.predict(costs.dense, costs.blocks) == pytest.approx(dense_bytes)
+
+
+def test_what_a_dropped_block_is_worth_is_lost_whole() -> None:
+    """Where no width but 0 saves anything, the plan without the block keeps the score of all other groups."""
+    _, costs, scores = made_up(Residual(), choices=1, blocks=True)
+    assert costs.candidates["one"] == (0, 24)
+    plan = allocate.solve(costs, scores, 0.9 * costs.predict_ms(costs.dense))
+    assert plan.widths == {**costs.dense, "one": 0}
+    assert plan.value == pytest.approx(sum(s.sum() for g, s in scores.items() if g != "one"))
+
+
 def test_a_size_that_no_plan_reaches_is_refused_with_the_least() -> None:
     graph, costs, scores = made_up(Residual(), choices=4)
-    limit = size_limit(graph.layers, costs.candidates, 4 * graph.total_params, 100.0)
+    limit = size_limit(graph.layers, costs.candidates, costs.dense, 4 * graph.total_params, 100.0)
     with pytest.raises(UnreachableBudget, match=r"size in bytes: the cheapest choice of widths costs \d+.*is 100"):
         allocate.solve(costs, scores, 10.0, [limit])
     with pytest.raises(UnreachableBudget, match=r"size in bytes \d+.*, the budget is 100"):

@@ -26,7 +26,10 @@ def test_a_polished_plan_is_within_every_limit_and_no_next_width_gains_and_fits(
     dense_bytes = 4 * graph.total_params
     latencies = [costs.predict_ms(allocate.floor(costs).widths), costs.predict_ms(costs.dense)]
     budget = latencies[0] + share * (latencies[1] - latencies[0])
-    limits = [costs.limit("ms", budget), size_limit(graph.layers, costs.candidates, dense_bytes, 0.7 * dense_bytes)]
+    limits = [
+        costs.limit("ms", budget),
+        size_limit(graph.layers, costs.candidates, costs.dense, dense_bytes, 0.7 * dense_bytes),
+    ]
     draw = np.random.Generator(np.random.PCG64(0))
     units = {
         g: {"dense": widths[-1], "smallest": widths[0], "random": int(draw.choice(widths))}[begin]
@@ -63,7 +66,7 @@ def test_what_cannot_be_met_by_any_step_is_none() -> None:
 def test_behind_concats_a_budget_below_the_floor_is_refused_with_the_true_least_and_not_that_of_the_lines() -> None:
     graph, costs, scores = made_up(Concat(), choices=6)
     least = costs.predict_ms({g: w[0] for g, w in costs.candidates.items()})
-    size = size_limit(graph.layers, costs.candidates, 4 * graph.total_params, 100.0)
+    size = size_limit(graph.layers, costs.candidates, costs.dense, 4 * graph.total_params, 100.0)
     for budget in (0.5 * least, 0.999 * least):
         said = rf"smallest network is predicted at {least:.4g} ms, the budget is {budget:.4g} ms"
         with pytest.raises(UnreachableBudget, match=said):
@@ -76,7 +79,7 @@ def test_behind_concats_further_limits_hold_by_their_true_costs_too() -> None:
     graph, costs, scores = made_up(Concat(), choices=6)
     dense_bytes = 4 * graph.total_params
     for share in (0.5, 0.7, 0.9):
-        limit = size_limit(graph.layers, costs.candidates, dense_bytes, share * dense_bytes)
+        limit = size_limit(graph.layers, costs.candidates, costs.dense, dense_bytes, share * dense_bytes)
         plan = allocate.solve(costs, scores, 0.8 * costs.predict_ms(costs.dense), [limit])
         assert limit.predict(plan.widths, costs.blocks) <= limit.budget
         assert plan.predicted_ms <= 0.8 * costs.predict_ms(costs.dense) * (1 + 1e-12)

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nets import NETS, Auxiliary, FusedAttention, Stochastic, image
+from nets import NETS, Auxiliary, Decides, FusedAttention, Stochastic, image
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
 from edgeprune import export, proof, runs, surgery
-from edgeprune.errors import RunError, TraceError
+from edgeprune.errors import RunError, SurgeryError, TraceError
 from edgeprune.graph import ModelGraph, as_call, trace
 from edgeprune.records import Keep
 from edgeprune.runs import Run
@@ -166,6 +166,32 @@ def test_a_cut_network_gives_the_same_in_onnx_runtime(name: str, tmp_path: Path)
         np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_a_network_that_decides_on_its_data_is_not_exported_and_its_line_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        TraceError,
+        match=r"^Decides cannot be exported to ONNX: it decides on the data at \S*nets\.py:\d+ "
+        r"\(`x = self\.c\(x\) if x\.sum\(\) > 0 else self\.d\(x\)`\)\. Move that part out of .*, into a wrapper around",
+    ):
+        export.to_onnx(Decides(), image(), tmp_path / "decides.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_with_an_operator_that_onnx_lacks_is_not_exported_and_it_is_named(tmp_path: Path) -> None:
+    class Bessel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.special.bessel_j0(self.fc(x))
+
+    with pytest.raises(
+        TraceError,
+        match=r"Bessel cannot be exported to ONNX: it has nothing for the operator prims\.bessel_j0\. Move",
+    ):
+        export.to_onnx(Bessel(), image(2, 6), tmp_path / "bessel.onnx")
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------
 
 
@@ -188,6 +214,45 @@ def test_a_decision_in_a_network_that_only_replay_can_cut_is_refused_with_its_li
     with pytest.raises(TraceError, match=r"decides on the data at .*x\.sum\(\) > 0.*--frozen MODULE, or .*wrapper"):
         surgery.cut(model, graph, {"a": (0, 1)})
     assert not trace(model, image(), frozen=["a"]).groups
+
+
+class Ordered(nn.Module):
+    """Layers of equal shapes, in the order in which they are named; perhaps with a size written into the forward."""
+
+    def __init__(self, order: str, slope: float = 0.1, written: bool = False) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Linear(6, 8), nn.Linear(8, 5)
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.order, self.slope, self.written = order, slope, written
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for name in self.order:
+            x = F.leaky_relu(self.get_submodule(name)(x), self.slope)
+        return self.fc(x.view(-1, 8) if self.written else x)
+
+
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("share", [1, 2])
+def test_a_plan_for_a_network_with_the_same_layers_in_another_order_is_refused(share: int, written: bool) -> None:
+    graph = trace(Ordered("ab", written=written), image(2, 6))
+    keep: Keep = {g.id: tuple(range(g.width // share)) for g in graph.groups}
+    surgery.cut(Ordered("ab", written=written), graph, keep)  # other weights alone make no other network
+    with pytest.raises(
+        SurgeryError,
+        match=r"this plan belongs to another network: step 2 of its input is linear with a\.bias, a\.weight, in this "
+        r"network it is linear with b\.bias, b\.weight\. Trace this model and plan again\.",
+    ):
+        surgery.cut(Ordered("ba", written=written), graph, keep)
+
+
+def test_a_plan_for_a_network_with_another_number_in_its_forward_is_refused() -> None:
+    graph = trace(Ordered("ab", written=True), image(2, 6))
+    keep: Keep = {g.id: (0, 3) for g in graph.groups}
+    with pytest.raises(SurgeryError, match=r"step 3 of its input is leaky_relu \(0\.1\).* it is leaky_relu \(0\.2\)"):
+        surgery.cut(Ordered("ab", 0.2, written=True), graph, keep)
+    with pytest.raises(SurgeryError, match=r"step \d+ of its input is .*, in this network it is "):
+        surgery.cut(Ordered("a", written=True), graph, keep)
 
 
 class KeepsState(nn.Module):

@@ -77,6 +77,7 @@ class ModelGraph:
     notes: tuple[str, ...]
     example: Example
     trace: Trace
+    protected: tuple[str, ...]  # module paths (or parameter names) whose channels were asked to stay
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -85,8 +86,8 @@ class ModelGraph:
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """Residual branches that can be dropped whole."""
-        return tuple(blocking.find(self.trace.run, self.groups, self.layers))
+        """Residual branches that can be dropped whole: none that holds something protected."""
+        return tuple(blocking.find(self.trace.run, self.groups, self.layers, self.protected))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -133,7 +134,7 @@ def trace(model: nn.Module, example: Example, frozen: Sequence[str] = ()) -> Mod
         _freeze_module(run, name)
     if not run.state_axes:
         raise TraceError(f"{type(model).__name__} has no parameters that its forward pass uses: nothing to prune")
-    return _assemble(example, run, notes)
+    return _assemble(example, run, notes, tuple(frozen))
 
 
 def _keep_outputs(run: Run) -> None:
@@ -179,7 +180,7 @@ def _twice(example: Example) -> Example:
 
 
 def _freeze_module(run: Run, name: str) -> None:
-    hits = [n for n in run.state_labels if n == name or n.startswith(f"{name}.")]
+    hits = [n for n in run.state_labels if blocking.lies_in(n, name)]
     if not hits:
         known = sorted({n.rpartition(".")[0] for n in run.state_labels})
         raise TraceError(f"--frozen {name}: no module of that name has parameters; there are {', '.join(known)}")
@@ -190,7 +191,7 @@ def _freeze_module(run: Run, name: str) -> None:
 # ---- putting it together -------------------------------------------------------------------------------------
 
 
-def _assemble(example: Example, run: Run, notes: list[str]) -> ModelGraph:
+def _assemble(example: Example, run: Run, notes: list[str], protected: tuple[str, ...]) -> ModelGraph:
     ledger, axes = run.ledger, tuple(run.state_axes)
     classes = ledger.settle_grids()
     groups, units, frozen = grouping.build(ledger, axes, run.roles)
@@ -210,6 +211,7 @@ def _assemble(example: Example, run: Run, notes: list[str]) -> ModelGraph:
         notes=tuple(notes),
         example=example,
         trace=Trace(run, axes, classes, {g.id: u for g, u in zip(groups, units, strict=True)}),
+        protected=protected,
     )
 
 

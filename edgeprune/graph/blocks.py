@@ -24,8 +24,15 @@ class Branch:
     sources: frozenset[int]
 
 
-def find(run: Run, groups: Sequence[ChannelGroup], layers: Sequence[Layer]) -> list[Block]:
-    """Additions of a branch to what it started from (or to a projection of it), outermost operand first."""
+def find(
+    run: Run, groups: Sequence[ChannelGroup], layers: Sequence[Layer], protected: Sequence[str] = ()
+) -> list[Block]:
+    """Additions of a branch to what it started from (or to a projection of it), outermost operand first.
+
+    Args:
+        run, groups, layers: of the network.
+        protected: module paths, or parameter names; a branch that holds one of them stays.
+    """
     recording = run.recording
     readers = _readers(recording)
     blocks: list[Block] = []
@@ -40,10 +47,15 @@ def find(run: Run, groups: Sequence[ChannelGroup], layers: Sequence[Layer]) -> l
         tensors = _state(recording, readers, branches[dropped])
         inside = [g.id for g in groups if all(m.tensor in tensors for m in g.members)]
         names = {t.rpartition(".")[0] for t in tensors}
-        if inside:
+        if inside and not any(lies_in(t, path) for t in tensors for path in protected):
             owned = tuple(dict.fromkeys(x.name for x in layers if x.name in names))
             blocks.append(Block(_unique(op.module, blocks), at, dropped, tuple(inside), owned))
     return blocks
+
+
+def lies_in(tensor: str, path: str) -> bool:
+    """Is the path the tensor's own name, or that of a module which holds it?"""
+    return tensor == path or tensor.startswith(f"{path}.")
 
 
 def _unique(module: str, blocks: Sequence[Block]) -> str:

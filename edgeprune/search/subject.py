@@ -47,7 +47,8 @@ class Subject:
         """The student with fewer channels."""
         keep = importance.best(self.scores, units)
         module = surgery.cut(self.dense, self.graph, keep)
-        load_state(module, surgery.narrow(self.student.state_dict(), self.graph, self.keep, keep), self.run.folder)
+        narrowed = surgery.narrow(self.student.state_dict(), self.graph, self.keep, keep, module)
+        load_state(module, narrowed, self.run.folder)
         return module
 
     def judge(self, units: Units, images: int) -> Evaluation:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import SurgeryError
 from ..graph import ModelGraph
+from ..graph.blocks import branch_state
 from ..graph.copies import parts, switch, with_tensors
 from ..records import ChannelGroup, Keep
 from . import replay
@@ -64,8 +65,11 @@ def positions(graph: ModelGraph, keep: Keep) -> dict[tuple[str, int], Tensor]:
 
 
 def narrow_groups(graph: ModelGraph, keep: Keep) -> list[ChannelGroup]:
-    """The channel groups as they stand in the cut network: units kept, positions counted there."""
-    kept = positions(graph, keep)
+    """The channel groups as they stand in the cut network: units kept, positions counted there.
+
+    What lies in a dropped block is gone: its own groups, and the members of others in it.
+    """
+    kept, gone = positions(graph, keep), _in_dropped_blocks(graph, keep)
     narrowed = []
     for group in graph.groups:
         units = np.array(keep.get(group.id, range(group.width)), dtype=int)
@@ -73,6 +77,8 @@ def narrow_groups(graph: ModelGraph, keep: Keep) -> list[ChannelGroup]:
             continue
         members = []
         for member in group.members:
+            if member.tensor in gone:
+                continue
             have = kept.get((member.tensor, member.axis))
             where = member.positions[units]
             where = where if have is None else np.searchsorted(have.numpy(), where)
@@ -81,14 +87,27 @@ def narrow_groups(graph: ModelGraph, keep: Keep) -> list[ChannelGroup]:
     return narrowed
 
 
-def narrow(state: dict[str, Tensor], graph: ModelGraph, keep: Keep, next_keep: Keep) -> dict[str, Tensor]:
-    """Slice the state dict of a network cut by `keep` to what a network cut by `next_keep` needs.
+def _in_dropped_blocks(graph: ModelGraph, keep: Keep) -> set[str]:
+    """Parameters and buffers that only blocks read which `keep` drops."""
+    recording = graph.trace.recording
+    return {name for block in dropped_blocks(graph, keep) for name in branch_state(recording, block)}
+
+
+def narrow(
+    state: dict[str, Tensor], graph: ModelGraph, keep: Keep, next_keep: Keep, smaller: nn.Module
+) -> dict[str, Tensor]:
+    """Slice the state dict of a network cut by `keep` to that of `smaller`, the dense one cut by `next_keep`.
+
+    What `smaller` does not hold is left out: a dropped block's tensors and, where only the recorded operators could be
+    cut (see `replay`), those that no operator reads: what only training uses, what a batch norm counts.
 
     Raises:
-        SurgeryError: `next_keep` wants a channel that `keep` had removed already.
+        SurgeryError: `next_keep` wants a channel, or a block, that `keep` had removed already.
     """
+    _refuse_return(graph, keep, next_keep)
     before, after = positions(graph, keep), positions(graph, next_keep)
-    narrowed = dict(state)
+    wanted = smaller.state_dict().keys()
+    narrowed = {name: tensor for name, tensor in state.items() if name in wanted}
     for (name, axis), kept in after.items():
         if name not in narrowed:
             continue
@@ -98,3 +117,10 @@ def narrow(state: dict[str, Tensor], graph: ModelGraph, keep: Keep, next_keep: K
             raise SurgeryError(f"{name}: a channel that was cut in an earlier step cannot come back")
         narrowed[name] = narrowed[name].index_select(axis, index)
     return narrowed
+
+
+def _refuse_return(graph: ModelGraph, keep: Keep, next_keep: Keep) -> None:
+    left = {block.id for block in dropped_blocks(graph, next_keep)}
+    back = [block.id for block in dropped_blocks(graph, keep) if block.id not in left]
+    if back:
+        raise SurgeryError(f"block {back[0]}: it was dropped in an earlier step and cannot come back")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from ..graph import ModelGraph, as_call
 from ..graph.copies import Parts, switch
 from ..graph.dataless import Dataless
 from ..graph.record import undisturbed
-from ..graph.recording import Op
+from ..graph.recording import Op, Ref
 from ..graph.rules import has_rule, name_of
 from ..graph.run import signature
 from .rewrite import Rewriter, alike
@@ -21,13 +22,16 @@ SHAPES_TELL = ("split", "split_with_sizes", "chunk", "unsafe_chunk", "unsafe_spl
 
 
 def fits(copied: Parts, graph: ModelGraph, rewriter: Rewriter) -> bool:
-    """Run the module, with sliced tensors, as the dense network was recorded: with data or without."""
+    """Run the module, with sliced tensors, as the dense network was recorded: with data or without.
+
+    Each operator has to read the parameters that the recorded one read: the same shapes alone may be another network's.
+    """
     args, kwargs = as_call(graph.example)
     leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     dataless = None if rewriter.recording.with_data else Dataless.beside(leaves)
     if dataless is not None:
         args, kwargs = dataless.example((args, kwargs))
-    follower = _Follower(rewriter, dataless)
+    follower = _Follower(rewriter, copied.state, dataless)
     try:
         with undisturbed(), follower:
             switch(copied, False)(*args, **kwargs)
@@ -47,9 +51,9 @@ class _Follower(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False
 
-    def __init__(self, rewriter: Rewriter, dataless: Dataless | None) -> None:
+    def __init__(self, rewriter: Rewriter, state: Mapping[str, Tensor], dataless: Dataless | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._rewriter, self._dataless = rewriter, dataless
+        self._rewriter, self._state, self._dataless = rewriter, state, dataless
         decision = min(rewriter.recording.reads, default=None)  # what follows is frozen, whichever way it goes
         self._free = decision is not None
         self._expected = rewriter.recording.ops[:decision]
@@ -73,6 +77,8 @@ class _Follower(TorchDispatchMode):
             return func(*args, **kwargs)
         if dense is None or func is not dense.func or not _same_arguments(args, kwargs, dense, self._rewriter):
             raise _Astray(func)
+        if not self._reads(args, dense.args):
+            raise _Astray(func)
         values = self._rewriter.recording.values
         if self._dataless is None:
             result = func(*args, **kwargs)
@@ -85,6 +91,19 @@ class _Follower(TorchDispatchMode):
                 raise _Astray(func)
         self._at += 1
         return result
+
+    def _reads(self, given: Sequence[Any], expected: Sequence[Any]) -> bool:
+        """Are the parameters and buffers among the arguments those of the recorded names?"""
+        values = self._rewriter.recording.values
+        for tensor, ref in zip(given, expected, strict=False):
+            kind = type(ref)
+            if kind is Ref:
+                value = values[ref.value]
+                if value.source == "state" and tensor is not self._state.get(value.name):
+                    return False
+            elif kind is list and ref and type(ref[0]) is Ref and not self._reads(tensor, ref):
+                return False
+        return True
 
 
 def _same_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], dense: Op, rewriter: Rewriter) -> bool:

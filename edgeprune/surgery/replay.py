@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_flatten, tree_map
 from ..errors import TraceError
 from ..graph import Example, ModelGraph, as_call
 from ..graph.blocks import branch_ops
-from ..graph.record import record
-from ..graph.recording import Call, Op, Recording, Ref
-from ..graph.rules import has_rule, name_of
+from ..graph.recording import Call, Op, Recording, Ref, Value
+from ..graph.rules import name_of
 from ..graph.run import arguments
 from ..records import Block
+from . import origin
 from .rewrite import Arguments, Rewriter, numbers_in
 
 aten = torch.ops.aten
@@ -52,6 +52,17 @@ class ChannelMap(nn.Module):
         return functional.linear(x.movedim(self.axis, -1), chosen).movedim(-1, self.axis)
 
 
+class Constant(nn.Module):
+    """A tensor that the network holds outside of its state dict; it stays outside."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value, persistent=False)
+
+    def forward(self) -> Tensor:
+        return self.get_buffer("value")
+
+
 class BatchNorm(nn.Module):
     """batch_norm over tensors that are handed in, in the mode of the network."""
 
@@ -69,17 +80,20 @@ def build(
     """The cut network as a graph module.
 
     Args:
-        model: the dense network, to find out which sizes count the batch.
+        model: the dense network, to find out whether the recording is its own, and which sizes count the batch.
         root: a copy of it with sliced tensors, whose submodules and parameters are used.
         graph, rewriter: the recording and what the cut makes of it.
         dropped: blocks to leave out.
+    Raises:
+        SurgeryError: the recording is of another network.
+        TraceError: it decides on its data, or keeps tensors between calls.
     """
     if dropped:  # a shortcut that is written in place would overwrite what others still read
         for part in root.modules():
             if hasattr(part, "inplace"):
                 setattr(part, "inplace", False)  # noqa: B010
     builder = _Builder(root, graph.example, rewriter, dropped)
-    builder.doubled = _doubled(model, graph.example, rewriter.recording)
+    builder.doubled = origin.doubled(model, graph.example, rewriter.recording)
     return builder.build()
 
 
@@ -138,16 +152,22 @@ class _Builder:
     def _node(self, ref: Ref) -> fx.Node:
         if ref.value not in self.nodes:
             value = self.recording.values[ref.value]
-            name = value.name
-            if value.source != "state":
-                if value.constant is None:
-                    raise TraceError(
-                        "this network keeps tensors between calls; wrap it so that its forward makes them anew"
-                    )
-                name = f"_constant_{ref.value}"
-                self.root.register_buffer(name, value.constant.clone(), persistent=False)
-            self.nodes[ref.value] = self.graph.get_attr(name)
+            held = self._held(value)
+            if held is None:
+                self.nodes[ref.value] = self.graph.get_attr(value.name)
+            else:
+                self.nodes[ref.value] = self._new_module(f"_constant_{ref.value}", Constant(held.clone()), ())
         return self.nodes[ref.value]
+
+    def _held(self, value: Value) -> Tensor | None:
+        """A tensor that is no part of the network's state dict, and must be none of the cut one's."""
+        if value.source == "state":
+            path, _, key = value.name.rpartition(".")
+            owner = self.root.get_submodule(path)
+            return owner.get_buffer(key) if key in owner._non_persistent_buffers_set else None
+        if value.constant is None:
+            raise TraceError("this network keeps tensors between calls; wrap it so that its forward makes them anew")
+        return value.constant
 
     def _nodes(self, tree: Any) -> Any:
         if isinstance(tree, Ref):
@@ -161,6 +181,8 @@ class _Builder:
         return tree
 
     def _new_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> fx.Node:
+        while hasattr(self.root, name):  # of a network that was rebuilt before
+            name += "_"
         self.root.add_module(name, module)
         return self.graph.call_module(name, args)
 
@@ -323,19 +345,3 @@ def _out_of_place(func: OpOverload[..., Any]) -> OpOverload[..., Any]:
     packet = getattr(aten, name_of(func), None)
     found = getattr(packet, func._overloadname, None)
     return found if found is not None else func
-
-
-def _doubled(model: nn.Module, example: Example, recording: Recording) -> Recording | None:
-    """The recording on twice the batch; None where the network takes one batch size only."""
-
-    def twice(item: Any) -> Any:
-        return torch.cat([item, item]) if isinstance(item, Tensor) and item.dim() else item
-
-    args, kwargs = as_call(example)
-    double = tuple(map(twice, args)) or {k: twice(v) for k, v in kwargs.items()}
-    try:
-        larger = record(model, double, has_rule, like=recording)
-    except TraceError:
-        return None
-    same = [op.func for op in larger.ops] == [op.func for op in recording.ops]
-    return larger if same else None
