@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
@@ -59,23 +59,39 @@ def milliseconds(shape: LayerShape, step: int) -> float:
     return 0.01 + 1e-4 * kernel * out * (shape.in_ch / max(shape.conv_groups, 1)) ** 0.8
 
 
+def no_overhead(shape: LayerShape, step: int) -> float:
+    """In proportion to the layer's multiplications: what is next to nothing costs next to nothing."""
+    pixels = math.prod(shape.spatial) / math.prod(shape.stride) if shape.spatial else 1.0
+    return 1e-6 * math.prod(shape.kernel) * pixels * shape.out_ch * shape.in_ch / max(shape.conv_groups, 1)
+
+
 def made_up(
-    net: nn.Module, choices: int, step: int = 8, blocks: bool = False, correction: Correction = IDENTITY
+    net: nn.Module,
+    choices: int | None,
+    step: int = 8,
+    blocks: bool = False,
+    correction: Correction = IDENTITY,
+    latency: Callable[[LayerShape, int], float] = milliseconds,
 ) -> tuple[ModelGraph, Costs, Importance]:
-    """A network with latencies from a formula: its groups take `choices` widths each."""
+    """A network with latencies from a formula: its groups take `choices` widths each, or all that plans may choose."""
     torch.manual_seed(0)
     graph = trace(net.eval(), torch.randn(1, 3, 8, 8))
     dropped = graph.blocks if blocks else ()
-    candidates = {
-        g: tuple(w for w in all_ if not w) + tuple(w for w in all_ if w)[-1 :: -(len(all_) // choices)][:choices][::-1]
-        for g, all_ in widths.candidates(graph.groups, 0.0, (), dropped).items()
-    }
+    candidates = widths.candidates(graph.groups, 0.0, (), dropped)
+    if choices is not None:
+        candidates = {g: thinned(all_, choices) for g, all_ in candidates.items()}
     entries: dict[LayerShape, Timing] = {}
     table = LatencyTable(DEVICE, entries, correction)
     while missing := [s for layer in graph.layers for s in wanted(surface(table, layer, candidates))]:
-        entries |= {shape: timing(milliseconds(shape, step)) for shape in missing}
+        entries |= {shape: timing(latency(shape, step)) for shape in missing}
         table = LatencyTable(DEVICE, entries, correction)
     return graph, measure.costs(graph.layers, candidates, table, dropped), importance.score(net, graph.groups)
+
+
+def thinned(widths_: tuple[int, ...], choices: int) -> tuple[int, ...]:
+    """The widest and others below it, evenly spread; 0 stays."""
+    real = tuple(w for w in widths_ if w)
+    return tuple(w for w in widths_ if not w) + real[-1 :: -(len(widths_) // choices)][:choices][::-1]
 
 
 def timing(ms: float) -> Timing:
@@ -156,6 +172,29 @@ def test_the_best_units_of_every_group_stay_in_the_smallest_network() -> None:
         assert int(scores[g].argmax()) in bucket == set(keep[g])
     with pytest.raises(UnreachableBudget):
         allocate.solve(costs, scores, 0.01 * costs.predict_ms(costs.dense))
+
+
+@pytest.mark.parametrize("worthless", [False, True])
+def test_no_group_is_emptied_at_one_percent_of_the_dense_latency_even_one_that_is_worth_nothing(
+    worthless: bool,
+) -> None:
+    """Where nothing but multiplications takes time, so that such a budget can be met."""
+    net = Residual()
+    graph, costs, scores = made_up(net, choices=None, latency=no_overhead)
+    if worthless:
+        scores = {g: np.zeros_like(s) if g == graph.groups[1].id else s for g, s in scores.items()}
+    budget = 0.01 * costs.predict_ms(costs.dense)
+    plan = allocate.solve(costs, scores, budget)
+    assert 0 < plan.predicted_ms <= budget
+    assert plan.widths.keys() == {g.id for g in graph.groups}
+    assert min(plan.widths.values()) >= 1
+    keep = importance.best(scores, plan.widths)
+    assert all(int(scores[g].argmax()) in units for g, units in keep.items())
+    cut = surgery.cut(net, graph, keep)
+    assert all(p.numel() for p in cut.parameters())
+    assert cut(torch.randn(2, 3, 8, 8)).shape == (2, 5)
+    for share in (0.02, 0.05, 0.3):
+        assert min(allocate.solve(costs, scores, share * costs.predict_ms(costs.dense)).widths.values()) >= 1
 
 
 def test_a_predicted_size_is_that_of_the_cut_networks_weights() -> None:
