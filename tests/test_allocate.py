@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,9 @@ from edgeprune.importance import Importance
 from edgeprune.limits import size_limit
 from edgeprune.records import Fingerprint, LayerShape, Timing
 from edgeprune.table import IDENTITY, Correction, LatencyTable, surface, wanted
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import arms
 
 DEVICE = Fingerprint("made-up", "none", "none", "f32", 1, ())
 Units = Mapping[str, int]
@@ -195,6 +200,25 @@ def test_no_group_is_emptied_at_one_percent_of_the_dense_latency_even_one_that_i
     assert cut(torch.randn(2, 3, 8, 8)).shape == (2, 5)
     for share in (0.02, 0.05, 0.3):
         assert min(allocate.solve(costs, scores, share * costs.predict_ms(costs.dense)).widths.values()) >= 1
+
+
+@pytest.mark.parametrize("steps", [1, 5, pytest.param(30, marks=pytest.mark.slow)])
+def test_a_plan_is_worth_at_least_what_a_linearised_knapsack_finds_within_the_same_true_latency(steps: int) -> None:
+    """HALP's linearisation, each of its steps solved exactly and its nominal budget raised until the true one is used
+    up, at five budgets."""
+    _, costs, scores = made_up(Residual(), choices=8, step=4)
+    lowest, dense = allocate.floor(costs).predicted_ms, costs.predict_ms(costs.dense)
+    compared = []
+    for share in (0.1, 0.3, 0.5, 0.7, 0.9):
+        budget = lowest + share * (dense - lowest)
+        plan = allocate.solve(costs, scores, budget, gap=1e-9)
+        assert costs.predict_ms(plan.widths) <= budget * (1 + 1e-12)
+        _, other = arms.linearised_within(costs, scores, budget, steps)
+        if costs.predict_ms(other) <= budget:
+            compared.append(value(scores, plan.widths) - value(scores, other))
+    assert len(compared) >= 4, "the linearised plan meets its true budget too, nearly always"
+    assert min(compared) >= -1e-9
+    assert max(compared) > 0.01, "and it is not simply the same one"
 
 
 def test_a_predicted_size_is_that_of_the_cut_networks_weights() -> None:
