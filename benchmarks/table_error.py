@@ -340,10 +340,11 @@ def _cost(filled: measure.Filled, seconds: float) -> dict[str, Any]:
 
 
 def fill_second(first: str, target: Target) -> None:
-    """The next network of the family, into the same store."""
+    """The next network of the family, into the store that holds the first: filled here if it was another one."""
     name = SECOND[first]
     if record.load(f"table_error/cost-{name}") is not None:
         return
+    Case(first, target, Path()).fill()
     case = Case(name, target, Path())
     began = time.monotonic()
     _, filled = case.fill()

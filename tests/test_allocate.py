@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,9 @@ from edgeprune.importance import Importance
 from edgeprune.limits import size_limit
 from edgeprune.records import Fingerprint, LayerShape, Timing
 from edgeprune.table import IDENTITY, Correction, LatencyTable, surface, wanted
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import arms
 
 DEVICE = Fingerprint("made-up", "none", "none", "f32", 1, ())
 Units = Mapping[str, int]
@@ -59,23 +64,39 @@ def milliseconds(shape: LayerShape, step: int) -> float:
     return 0.01 + 1e-4 * kernel * out * (shape.in_ch / max(shape.conv_groups, 1)) ** 0.8
 
 
+def no_overhead(shape: LayerShape, step: int) -> float:
+    """In proportion to the layer's multiplications: what is next to nothing costs next to nothing."""
+    pixels = math.prod(shape.spatial) / math.prod(shape.stride) if shape.spatial else 1.0
+    return 1e-6 * math.prod(shape.kernel) * pixels * shape.out_ch * shape.in_ch / max(shape.conv_groups, 1)
+
+
 def made_up(
-    net: nn.Module, choices: int, step: int = 8, blocks: bool = False, correction: Correction = IDENTITY
+    net: nn.Module,
+    choices: int | None,
+    step: int = 8,
+    blocks: bool = False,
+    correction: Correction = IDENTITY,
+    latency: Callable[[LayerShape, int], float] = milliseconds,
 ) -> tuple[ModelGraph, Costs, Importance]:
-    """A network with latencies from a formula: its groups take `choices` widths each."""
+    """A network with latencies from a formula: its groups take `choices` widths each, or all that plans may choose."""
     torch.manual_seed(0)
     graph = trace(net.eval(), torch.randn(1, 3, 8, 8))
     dropped = graph.blocks if blocks else ()
-    candidates = {
-        g: tuple(w for w in all_ if not w) + tuple(w for w in all_ if w)[-1 :: -(len(all_) // choices)][:choices][::-1]
-        for g, all_ in widths.candidates(graph.groups, 0.0, (), dropped).items()
-    }
+    candidates = widths.candidates(graph.groups, 0.0, (), dropped)
+    if choices is not None:
+        candidates = {g: thinned(all_, choices) for g, all_ in candidates.items()}
     entries: dict[LayerShape, Timing] = {}
     table = LatencyTable(DEVICE, entries, correction)
     while missing := [s for layer in graph.layers for s in wanted(surface(table, layer, candidates))]:
-        entries |= {shape: timing(milliseconds(shape, step)) for shape in missing}
+        entries |= {shape: timing(latency(shape, step)) for shape in missing}
         table = LatencyTable(DEVICE, entries, correction)
     return graph, measure.costs(graph.layers, candidates, table, dropped), importance.score(net, graph.groups)
+
+
+def thinned(widths_: tuple[int, ...], choices: int) -> tuple[int, ...]:
+    """The widest and others below it, evenly spread; 0 stays."""
+    real = tuple(w for w in widths_ if w)
+    return tuple(w for w in widths_ if not w) + real[-1 :: -(len(widths_) // choices)][:choices][::-1]
 
 
 def timing(ms: float) -> Timing:
@@ -156,6 +177,48 @@ def test_the_best_units_of_every_group_stay_in_the_smallest_network() -> None:
         assert int(scores[g].argmax()) in bucket == set(keep[g])
     with pytest.raises(UnreachableBudget):
         allocate.solve(costs, scores, 0.01 * costs.predict_ms(costs.dense))
+
+
+@pytest.mark.parametrize("worthless", [False, True])
+def test_no_group_is_emptied_at_one_percent_of_the_dense_latency_even_one_that_is_worth_nothing(
+    worthless: bool,
+) -> None:
+    """Where nothing but multiplications takes time, so that such a budget can be met."""
+    net = Residual()
+    graph, costs, scores = made_up(net, choices=None, latency=no_overhead)
+    if worthless:
+        scores = {g: np.zeros_like(s) if g == graph.groups[1].id else s for g, s in scores.items()}
+    budget = 0.01 * costs.predict_ms(costs.dense)
+    plan = allocate.solve(costs, scores, budget)
+    assert 0 < plan.predicted_ms <= budget
+    assert plan.widths.keys() == {g.id for g in graph.groups}
+    assert min(plan.widths.values()) >= 1
+    keep = importance.best(scores, plan.widths)
+    assert all(int(scores[g].argmax()) in units for g, units in keep.items())
+    cut = surgery.cut(net, graph, keep)
+    assert all(p.numel() for p in cut.parameters())
+    assert cut(torch.randn(2, 3, 8, 8)).shape == (2, 5)
+    for share in (0.02, 0.05, 0.3):
+        assert min(allocate.solve(costs, scores, share * costs.predict_ms(costs.dense)).widths.values()) >= 1
+
+
+@pytest.mark.parametrize("steps", [1, 5, pytest.param(30, marks=pytest.mark.slow)])
+def test_a_plan_is_worth_at_least_what_a_linearised_knapsack_finds_within_the_same_true_latency(steps: int) -> None:
+    """HALP's linearisation, each of its steps solved exactly and its nominal budget raised until the true one is used
+    up, at five budgets."""
+    _, costs, scores = made_up(Residual(), choices=8, step=4)
+    lowest, dense = allocate.floor(costs).predicted_ms, costs.predict_ms(costs.dense)
+    compared = []
+    for share in (0.1, 0.3, 0.5, 0.7, 0.9):
+        budget = lowest + share * (dense - lowest)
+        plan = allocate.solve(costs, scores, budget, gap=1e-9)
+        assert costs.predict_ms(plan.widths) <= budget * (1 + 1e-12)
+        _, other = arms.linearised_within(costs, scores, budget, steps)
+        if costs.predict_ms(other) <= budget:
+            compared.append(value(scores, plan.widths) - value(scores, other))
+    assert len(compared) >= 4, "the linearised plan meets its true budget too, nearly always"
+    assert min(compared) >= -1e-9
+    assert max(compared) > 0.01, "and it is not simply the same one"
 
 
 def test_a_predicted_size_is_that_of_the_cut_networks_weights() -> None:
