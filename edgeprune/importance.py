@@ -121,13 +121,14 @@ def _per_unit(values: Tensor, member: Member) -> NDArray[np.float64]:
 def _taylor(
     model: nn.Module, groups: Sequence[ChannelGroup], batches: Batches, loss: Callable[[Tensor, Tensor], Tensor]
 ) -> Importance:
-    """|sum of weight * gradient| over the scales of a unit (or what makes it), averaged over batches."""
+    """|sum of weight * gradient| over what a unit is proportional to, averaged over batches with finite gradients."""
     was_training = model.training
     model.eval()
     totals = {g.id: np.zeros(g.width) for g in groups}
-    count = 0
+    seen = count = 0
     parameters = dict(model.named_parameters())
     for x, y in batches:
+        seen += 1
         names, tensors = zip(*parameters.items(), strict=True)
         gradients = torch.autograd.grad(loss(model(x), y), tensors, allow_unused=True)
         products = {n: p.detach() * g for n, p, g in zip(names, tensors, gradients, strict=True) if g is not None}
@@ -137,15 +138,27 @@ def _taylor(
             totals[group.id] += np.abs(_first_order(group, products))
         count += 1
     model.train(was_training)
+    if seen and not count:
+        raise UsageError(
+            f"importance 'taylor': the gradients are not finite in any of {seen} batches; look at the network's loss "
+            "on training images, or score channels by their weights (sp-lamp)"
+        )
     if not count:
         raise UsageError("importance 'taylor' needs labelled images: give [data], or batches in Python")
     return {group: total / count for group, total in totals.items()}
 
 
 def _first_order(group: ChannelGroup, products: Mapping[str, Tensor]) -> NDArray[np.float64]:
-    scales = [m for m in group.members if m.role == "scale" and m.tensor in products]
+    """Weight * gradient summed over all layers of a group, (width,): before the absolute value is taken.
+
+    Of the norms' scales and shifts where the group has any; else of what makes it, weights and biases alike.
+    """
     makers = [m for m in group.members if m.role == "out" and m.tensor in products]
+    modules = {m.tensor.rpartition(".")[0] for m in makers}
+    scales = [m for m in group.members if m.role == "scale" and m.tensor in products]
+    biases = [m for m in scales if m.tensor.rpartition(".")[0] in modules]
+    norms = [m for m in scales if m.tensor.rpartition(".")[0] not in modules]
     total = np.zeros(group.width)
-    for member in scales or makers:
+    for member in norms or [*makers, *biases]:
         total += _per_unit(products[member.tensor], member)
     return total

@@ -8,10 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from nets import OptionA, image
-from torch import nn
+from test_allocate import Residual
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
-from edgeprune import importance
+from edgeprune import importance, proof
 from edgeprune.errors import UsageError
 from edgeprune.graph import trace
 
@@ -89,6 +91,58 @@ def test_taylor_is_the_first_order_change_of_the_loss() -> None:
             norm.weight.copy_(weight)
             norm.bias.copy_(bias)
         assert found[channel] == pytest.approx(abs(losses[0] - losses[1]) / (2 * step), rel=1e-4, abs=1e-9)
+
+
+def by_halves(model: nn.Module, x: Tensor, y: Tensor, slices: dict[str, list[int]]) -> float:
+    """|d loss / d scale| at scale 1 of some slices of some parameters together, by central differences."""
+    losses, step = [], 1e-6
+    for sign in (1, -1):
+        scaled = {n: p.detach().clone() for n, p in model.named_parameters()}
+        for name, units in slices.items():
+            scaled[name][units] *= 1 + sign * step
+        losses.append(float(F.cross_entropy(functional_call(model, scaled, (x,)), y)))
+    return abs(losses[0] - losses[1]) / (2 * step)
+
+
+def test_taylor_of_a_coupled_channel_is_the_change_when_all_that_scales_it_shrinks_at_once() -> None:
+    """The sum over the layers comes before the absolute value: shares of opposite sign cancel."""
+    torch.manual_seed(0)
+    model = proof.randomised(OptionA().double()).eval()
+    x, y = image(8, 3, 16, 16).double(), torch.arange(8) % 5
+    graph = trace(model, x)
+    found = importance.score(model, graph.groups, "taylor", [(x, y)])["stem.0"]
+    names = ["stem.1.weight", "stem.1.bias", "blocks.0.bn2.weight", "blocks.0.bn2.bias"]
+    apart = []
+    for channel in range(8):
+        assert found[channel] == pytest.approx(by_halves(model, x, y, {n: [channel] for n in names}), rel=1e-4)
+        apart.append(sum(by_halves(model, x, y, {n: [channel] for n in names[at : at + 2]}) for at in (0, 2)))
+    assert (np.array(apart) > 1.2 * found).any()
+
+
+def test_taylor_without_norms_is_the_change_when_all_that_makes_a_channel_shrinks_at_once() -> None:
+    torch.manual_seed(0)
+    model = Residual().double().eval()
+    x, y = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.tensor([1, 3, 0, 4])
+    graph = trace(model, x)
+    found = importance.score(model, graph.groups, "taylor", [(x, y)])
+    makers = {"stem": ("stem", "two"), "one": ("one",), "last": ("last",)}
+    assert found.keys() == makers.keys()
+    for group, modules in makers.items():
+        names = [f"{m}.{kind}" for m in modules for kind in ("weight", "bias")]
+        for channel in range(0, len(found[group]), 3):
+            expected = by_halves(model, x, y, {n: [channel] for n in names})
+            assert found[group][channel] == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
+def test_batches_whose_gradients_are_not_finite_do_not_count_and_without_others_taylor_refuses() -> None:
+    torch.manual_seed(0)
+    model = OptionA().eval()
+    graph = trace(model, image())
+    good, bad = (image(), torch.tensor([1, 3])), (image() * float("nan"), torch.tensor([1, 3]))
+    found, clean = (importance.score(model, graph.groups, "taylor", each) for each in ([bad, good, bad], [good]))
+    assert all(np.array_equal(found[g], clean[g]) for g in clean)
+    with pytest.raises(UsageError, match=r"taylor': the gradients are not finite in any of 2 batches; look at the net"):
+        importance.score(model, graph.groups, "taylor", [bad, bad])
 
 
 def test_the_best_units_are_kept_and_whole_groups_left_out() -> None:

@@ -88,6 +88,23 @@ def test_of_normal_weights_the_share_left_is_the_tail_of_the_normal(quality: flo
     assert float(left.float().mean()) == pytest.approx(math.erfc(quality / math.sqrt(2)), abs=2e-3)
 
 
+def test_a_threshold_is_in_deviations_of_what_is_left_for_with_the_zeros_a_second_round_would_take_nothing() -> None:
+    """The paper leaves open whether zeros count. Of a normal with its middle gone both are known in closed form."""
+    torch.manual_seed(0)
+    model = nn.Linear(1000, 1000)
+    nn.init.normal_(model.weight, std=0.03)
+    first = masks.tighten(model, masks.full(model), {"weight": 1.0})
+    masks.apply(model, first)
+    weight = model.weight.detach().double().numpy() / 0.03
+    tail = math.erfc(1 / math.sqrt(2))  # the share that the first round leaves
+    square = 1 + 2 * math.exp(-0.5) / math.sqrt(2 * math.pi) / tail  # the mean square of what is left
+    assert weight[weight != 0].std() == pytest.approx(math.sqrt(square), rel=5e-3)
+    assert weight.std() == pytest.approx(math.sqrt(tail * square), rel=5e-3)
+    second = masks.tighten(model, first, {"weight": 1.0})["weight"]
+    assert float(second.float().mean()) == pytest.approx(math.erfc(math.sqrt(square / 2)), abs=2e-3)
+    assert weight.std() < 1  # with the zeros: all that is left is above that
+
+
 @given(st.floats(0, 3), st.floats(0, 3), st.integers(0, 5))
 def test_a_larger_quality_never_keeps_more_and_nothing_comes_back(a: float, b: float, seed: int) -> None:
     model = mlp(7, 9, 3, seed=seed)
@@ -223,6 +240,28 @@ def test_a_tenth_of_the_weights_is_as_good_and_neither_a_cut_nor_a_draw_alone_is
     assert right(pruned.model) >= right(trained) - 0.02
     assert right(bare.model) <= right(pruned.model) - 0.1
     assert right(drawn) <= right(pruned.model) - 0.05
+
+
+def test_whether_zeros_count_in_the_deviation_hardly_matters_where_the_scan_chooses_how_many_deviations(
+    trained: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pruned() -> magnitude.Pruned:
+        return magnitude.prune(trained, torch.randn(1, 64), 12, score, lambda m, r: fit(m, 8, 0.02), rounds=2)
+
+    def with_zeros(weight: Tensor, quality: float, mask: Tensor) -> float:
+        return quality * float((weight * mask).std(unbiased=False))
+
+    ours = pruned()
+    monkeypatch.setattr(masks, "threshold", with_zeros)
+    other = pruned()
+    most = min(ours.rounds[0].kept, key=lambda name: ours.rounds[0].kept[name])
+    assert ours.rounds[0].kept[most] < 0.3
+    assert other.rounds[1].qualities[most] > 1.5 * ours.rounds[1].qualities[most]  # smaller deviations, more of them
+    for mine, theirs in zip(ours.rounds, other.rounds, strict=True):
+        assert mine.left == pytest.approx(theirs.left, rel=0.02)
+        assert list(mine.kept.values()) == pytest.approx(list(theirs.kept.values()), abs=0.05)
+    print(f"accuracy without zeros {right(ours.model):.4f}, with zeros {right(other.model):.4f}")
+    assert right(ours.model) == pytest.approx(right(other.model), abs=0.02)
 
 
 def test_rounds_prune_by_equal_factors_and_end_at_the_same_size(trained: nn.Module) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from test_allocate import Residual, plans
 from edgeprune import allocators
 from edgeprune.config import GeneticSection, RLSection
 from edgeprune.records import Evaluation
-from edgeprune.search import Space, front, genetic, genotype, randomly, rl
+from edgeprune.search import Space, Trying, front, genetic, genotype, randomly, rl
+from edgeprune.search.genotype import Genome
 from edgeprune.search.space import Units
 from edgeprune.search.trying import Candidate
 
@@ -144,6 +147,37 @@ def test_rl_comes_nearer_to_a_known_best_distribution_than_the_same_samples_with
     assert np.median(learnt / random) < 0.7
 
 
+def test_the_chance_of_a_random_move_falls_along_a_cosine_over_the_first_tenth_of_the_search() -> None:
+    space, draw = searching.space(), np.random.default_rng(0)
+    trying = searching.trying(space, useful(space, 0), 200)
+    found = []
+    while trying.left:
+        assert len(trying.candidates) == len(found)
+        found.append(rl.epsilon(0.4, trying))
+        trying.all([genotype.decode(space, genotype.anywhere(space, draw))])
+    assert found[:21:10] == pytest.approx([0.4, 0.2, 0.0])
+    assert found[:21] == pytest.approx([0.4 * math.cos(math.pi * done / 40) ** 2 for done in range(21)])
+    assert not any(found[21:])
+
+
+@pytest.mark.slow
+def test_rls_distribution_ends_nearer_to_the_known_best_one_than_it_began() -> None:
+    space = searching.space()
+    units = np.array([space.costs.dense[g] for g in space.groups], dtype=float)
+    pairs = []
+    for seed in range(20):
+        drawn = np.random.default_rng(seed).dirichlet(units / units.mean())
+        goal = kept(space, space.removing(dict(zip(space.groups, drawn.tolist(), strict=True))).widths)
+        best = (1 - goal) * units / ((1 - goal) * units).sum()  # where the channels of the best network went
+        *_, (_, last) = rl.moves(searching.trying(space, towards(space, goal), 200), RLSection(), seed)
+        assert last.sum() == pytest.approx(1)
+        pairs.append([float(np.abs(at - best).sum()) for at in (rl.beginning(space), last)])
+    first, last = np.array(pairs).T
+    print(f"L1 to the best: {np.median(first):.3f} to {np.median(last):.3f}; nearer in {(last < first).sum()} of 20")
+    assert (last < first).sum() >= 18  # a best distribution with spikes is not always found
+    assert np.median(last) < 0.6 * np.median(first)
+
+
 @pytest.mark.slow
 def test_rl_comes_nearer_to_a_known_best_distribution_than_a_flat_random_search_of_equal_number() -> None:
     space = searching.space()
@@ -224,6 +258,119 @@ def test_crossover_and_mutation_stay_among_the_widths_and_leave_parents_alone() 
     assert 0.2 < changed < 0.8
 
 
+def anywhere(space: Space, size: int, seed: int) -> list[Genome]:
+    draw = np.random.default_rng(seed)
+    return [genotype.anywhere(space, draw) for _ in range(size)]
+
+
+def evolving(
+    space: Space, answer: Callable[[Units], Evaluation], first: list[Genome], seed: int
+) -> tuple[Trying, Any, list[Any]]:
+    """A search by NSGA-II, and a list that gets what every generation asks for."""
+    trying, algorithm = searching.trying(space, answer, 600), genetic.nsga2(space, first, 600, seed)
+    ask, asked = algorithm.ask, list[Any]()
+
+    def noted() -> Any:
+        asked.append(ask())
+        return asked[-1]
+
+    algorithm.ask = noted
+    return trying, algorithm, asked
+
+
+def test_every_genome_that_nsga2_breeds_is_among_the_widths_also_from_the_corners() -> None:
+    """With three widths a group, and parents at their ends, rounding has every chance to step over one."""
+    space = searching.space(choices=3)
+    last, draw = genotype.sizes(space) - 1, np.random.default_rng(0)
+    ends = [0 * last, last, *(np.where(draw.random(len(last)) < 0.5, 0, last) for _ in range(18))]
+    trying, algorithm, asked = evolving(space, useful(space, 0), ends, 0)
+    for _ in range(30):
+        assert genetic.generation(trying, algorithm)
+    genomes = np.concatenate([each.get("X") for each in asked]).astype(float)
+    assert (genomes == np.rint(genomes)).all()
+    assert genomes.min() == 0
+    assert (genomes.max(axis=0) == last).all()
+    assert len(np.unique(genomes, axis=0)) > 300
+
+
+@pytest.mark.parametrize("gene", [-1, 8])
+def test_a_gene_that_is_no_width_is_not_read_as_another(gene: int) -> None:
+    space = searching.space(choices=8)
+    genome = np.zeros(len(space.groups), dtype=np.int64)
+    genome[3] = gene
+    with pytest.raises(AssertionError):
+        genotype.decode(space, genome)
+
+
+def beats(a: Floats, b: Floats) -> bool:
+    return bool((a <= b).all() and (a < b).any())
+
+
+def by_peeling(points: Floats) -> list[int]:
+    """The front that each point is in, from 0: what nothing beats, then what nothing else beats, ..."""
+    front_of, number = [-1] * len(points), 0
+    while -1 in front_of:
+        left = [i for i, found in enumerate(front_of) if found < 0]
+        for i in [i for i in left if not any(beats(points[j], points[i]) for j in left)]:
+            front_of[i] = number
+        number += 1
+    return front_of
+
+
+def crowding(points: Floats) -> list[float]:
+    """Of each point of one front without equal points: half the sides of the box between its neighbours (Deb)."""
+    if len(points) < 3:
+        return [math.inf] * len(points)
+    found = []
+    for point in points:
+        total = 0.0
+        for axis in range(2):
+            below = [p[axis] for p in points if p[axis] < point[axis]]
+            above = [p[axis] for p in points if p[axis] > point[axis]]
+            side = (min(above) - max(below)) if below and above else math.inf
+            total += side / (points[:, axis].max() - points[:, axis].min()) / 2
+        found.append(total)
+    return found
+
+
+def test_fronts_with_equal_points_are_those_of_peeling() -> None:
+    space, draw = searching.space(), np.random.default_rng(0)
+    sorting = genetic.nsga2(space, anywhere(space, 8, 0), 1, 0).survival.nds
+    for _ in range(50):
+        points = draw.integers(0, 8, (40, 2)) / 7
+        fronts, rank = sorting.do(points, return_rank=True)
+        assert rank.tolist() == by_peeling(points)
+        assert sorted(np.concatenate(fronts).tolist()) == list(range(40))
+
+
+def test_survivors_are_the_first_fronts_and_of_the_last_one_those_with_most_room() -> None:
+    """Every generation against sorting and crowding by brute force."""
+    space, size = searching.space(), 16
+    trying, algorithm, asked = evolving(space, useful(space, 1), anywhere(space, size, 1), 1)
+    genetic.generation(trying, algorithm)
+    shared = 0
+    while trying.left > size:
+        parents = algorithm.pop.get("F")
+        assert genetic.generation(trying, algorithm)
+        points = np.concatenate([parents, asked[-1].get("F")])
+        assert len(np.unique(points, axis=0)) == len(points) == 2 * size
+        front_of = np.array(by_peeling(points))
+        room = np.zeros(len(points))
+        for number in set(front_of.tolist()):
+            room[front_of == number] = crowding(points[front_of == number])
+        found = [int(np.flatnonzero((points == one.F).all(axis=1))[0]) for one in algorithm.pop]
+        assert len(set(found)) == size
+        assert [one.get("rank") for one in algorithm.pop] == front_of[found].tolist()
+        assert [one.get("crowding") for one in algorithm.pop] == pytest.approx(room[found].tolist())
+        gone = np.setdiff1d(np.arange(len(points)), found)
+        last = front_of[found].max()
+        assert front_of[gone].min() >= last
+        if (front_of[gone] == last).any():  # the last front is shared between survivors and others
+            shared += 1
+            assert room[found][front_of[found] == last].min() >= room[gone][front_of[gone] == last].max() - 1e-12
+    assert shared > 10
+
+
 def test_what_a_group_alone_can_bear_is_that_of_trying_every_width() -> None:
     space = searching.space(Residual, choices=8)
     answer, tolerance = useful(space, 3), 0.02
@@ -277,13 +424,34 @@ def test_the_genetic_front_is_nearly_that_of_trying_every_network() -> None:
     assert area(space, trying.candidates) > 0.99 * area(space, every)
 
 
-def test_what_a_search_covers_never_shrinks_as_it_goes_on() -> None:
-    space = searching.space(Residual, choices=8)
-    trying = searching.trying(space, useful(space, 0), 100)
-    genetic.search(trying, GeneticSection(), 0)
-    volumes = [area(space, trying.candidates[:count]) for count in range(1, 101)]
-    assert volumes == sorted(volumes)
-    assert volumes[-1] > 1.1 * volumes[10]
+def test_nsga2_never_loses_its_ends_nor_area_unless_its_front_outgrows_it_and_the_users_front_loses_nothing() -> None:
+    """A front that is larger than the population is thinned by crowding, which may cost area, but not the ends."""
+    space, size, fitted, thinned = searching.space(), 16, 0, 0
+    for seed in range(3):
+        answer = useful(space, seed)
+        trying, algorithm, asked = evolving(space, answer, anywhere(space, size, seed), seed)
+        corner = (1.0, space.cost_ms(space.costs.dense))
+        genetic.generation(trying, algorithm)
+        before = algorithm.pop.get("F")
+        largest = front.hypervolume(before, corner)
+        while trying.left > size and genetic.generation(trying, algorithm):
+            after = algorithm.pop.get("F")
+            points = np.concatenate([before, asked[-1].get("F")])
+            assert (after.min(axis=0) == points.min(axis=0)).all()
+            areas = [front.hypervolume(each, corner) for each in (before, points, after)]
+            if by_peeling(points).count(0) <= size:
+                fitted += 1
+                assert areas[2] == pytest.approx(areas[1], rel=1e-12)
+                assert areas[2] >= areas[0] * (1 - 1e-12)
+            else:
+                thinned += areas[2] < areas[1] * (1 - 1e-9)
+            before, largest = after, max(largest, areas[1])
+        plans = front.of(trying.candidates)
+        given = np.array([[1 - plan.accuracy, plan.predicted_ms] for plan in plans])
+        assert front.hypervolume(given, corner) >= largest * (1 - 1e-12)
+        assert all(answer(plan.widths).accuracy == plan.accuracy for plan in plans)
+    assert fitted > 5
+    assert thinned > 5
 
 
 def test_evolution_covers_more_than_random_networks_of_equal_number() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pytest
 import torch
-from nets import OptionA, image
+from nets import Auxiliary, OptionA, SqueezeExcite, image
 from test_allocate import Residual, made_up
 from test_magnitude import digits, fit, mlp
 from torch import Tensor, nn
@@ -138,15 +139,25 @@ def test_groups_lie_inside_a_component_or_cross_between_two() -> None:
     assert [p.components for p in components.places(graph, named).values()] == [("first", "rest"), ("rest",), ("rest",)]
 
 
-def test_groups_are_disjoint_and_cover_what_can_be_pruned() -> None:
-    model, x = OptionA().eval(), image()
-    graph = trace(model, x)
-    seen: set[tuple[str, int, int]] = set()
+@pytest.mark.parametrize("net", [Coder, OptionA, Residual, SqueezeExcite, Auxiliary])
+def test_every_slice_of_every_weight_is_in_one_group_or_frozen_and_every_group_in_its_components(
+    net: type[nn.Module],
+) -> None:
+    model = net().eval()
+    graph = trace(model, {Coder: torch.randn(1, 64), Residual: torch.randn(1, 3, 8, 8)}.get(net, image()))
+    seen = Counter((m.tensor, m.axis, int(p)) for g in graph.groups for m in g.members for p in m.positions.ravel())
+    assert set(seen.values()) == {1}
+    state = {n: tensor for n, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    axes = {(n, d): tensor.shape[d] for n, tensor in state.items() for d in range(min(tensor.dim(), 2))}
+    whole = {(n, d, at) for (n, d), size in axes.items() for at in range(size) if size > 1}
+    assert seen.keys() <= whole
+    frozen = whole - seen.keys()
+    assert {n for n, *_ in frozen} == {n for f in graph.frozen for n in f.tensors}
+    assert len(frozen) == sum(f.channels for f in graph.frozen)
+    found = components.places(graph, components.of(graph))
+    assert found.keys() == {g.id for g in graph.groups}
     for group in graph.groups:
-        slices = {(m.tensor, m.axis, int(p)) for m in group.members for p in m.positions.ravel()}
-        assert not seen & slices
-        seen |= slices
-    assert components.places(graph, components.of(graph)).keys() == {g.id for g in graph.groups}
+        assert set(found[group.id].components) == {m.tensor.partition(".")[0] for m in group.members}
 
 
 @pytest.mark.parametrize(
@@ -219,28 +230,34 @@ def test_an_autoencoder_is_better_than_with_uniform_shares_and_than_the_best_of_
     assert reached >= max(tried) - 0.1, tried
 
 
-def test_a_floor_on_one_class_holds_on_held_out_digits_where_uniform_shares_break_it() -> None:
-    model = mlp(64, 100, 60, 10, seed=1)
-    fit(model, 20, 0.1, seed=1)
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 2, 3))])
+def test_a_floor_on_one_class_holds_on_held_out_digits_where_uniform_shares_break_it(seed: int) -> None:
+    """On the class that suffers most under uniform shares; a stricter floor is asked for than has to hold."""
+    model = mlp(64, 100, 60, 10, seed=seed)
+    fit(model, 20, 0.1, seed=seed)
     graph = trace(model, torch.randn(1, 64))
     gates, scores = gated(model, graph)
     most, floor = dict.fromkeys(scores, 0.9), 0.9
-    goal = amounts.sparsity_goal(model, graph.groups, 0.7, 0.02)
-    *_, x, y = digits()
+    goal = amounts.sparsity_goal(model, graph.groups, 0.8, 0.02)
+    _, _, *looked, x, y = digits()
 
-    def recall(shares: Mapping[str, float]) -> float:
+    def recall(label: int, shares: Mapping[str, float], x: Tensor = x, y: Tensor = y) -> float:
         units = soft.harden(goal, graph.groups, shares, most)
         with torch.no_grad():
             outputs = surgery.cut(model, graph, importance.best(scores, units))(x)
-        return metrics.recall_of(6)(outputs.numpy(), y.numpy(), x.numpy())
+        return metrics.recall_of(label)(outputs.numpy(), y.numpy(), x.numpy())
 
-    assert recall(soft.start(gates, goal, most)) < floor - 0.05
+    uniform = soft.start(gates, goal, most)
+    worst = min(range(10), key=lambda label: recall(label, uniform, *looked))
+    assert recall(worst, uniform) < floor - 0.05
     found = soft.optimise(
-        gates, goal, most, soft.task_loss, functools.partial(batches, False), {"recall_of_class_6": 0.95},
+        gates, goal, most, soft.task_loss, functools.partial(batches, False), {f"recall_of_class_{worst}": 0.95},
         soft.Settings(300, 0.05),
     )  # fmt: skip
-    assert found.multipliers["recall_of_class_6"] > 0
-    assert recall(found.rounds[-1]) >= floor
+    reached = recall(worst, found.rounds[-1])
+    print(f"seed {seed}, class {worst}: uniform {recall(worst, uniform):.3f}, ours {reached:.3f}")
+    assert found.multipliers[f"recall_of_class_{worst}"] > 0
+    assert reached >= floor
 
 
 def test_the_softest_network_at_the_end_is_nearly_the_hard_one() -> None:

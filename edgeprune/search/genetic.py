@@ -106,6 +106,22 @@ def _meets(space: Space, candidate: Candidate) -> bool:
 
 
 def _nsga2(trying: Trying, first: Sequence[Genome], keep: int, settings: GeneticSection, seed: int) -> None:
+    algorithm = nsga2(trying.space, first, trying.evaluations, seed)
+    while trying.left > keep and generation(trying, algorithm):
+        pass
+
+
+def nsga2(space: Space, first: Sequence[Genome], generations: int, seed: int) -> Any:
+    """pymoo's algorithm over genomes: its population is as large as the first generation.
+
+    Args:
+        space: the genes and their values.
+        first: the genomes to begin with.
+        generations: at most.
+        seed: of everything drawn.
+    Raises:
+        UsageError: pymoo is not installed.
+    """
     if importlib.util.find_spec("pymoo") is None:
         raise UsageError("strategy genetic needs pymoo: pip install 'edgeprune[search]', or search.genetic.mode=score")
     from pymoo.algorithms.moo.nsga2 import NSGA2
@@ -114,7 +130,6 @@ def _nsga2(trying: Trying, first: Sequence[Genome], keep: int, settings: Genetic
     from pymoo.operators.mutation.pm import PM
     from pymoo.operators.repair.rounding import RoundingRepair
 
-    space = trying.space
     problem = Problem(n_var=len(space.groups), n_obj=2, xl=0, xu=genotype.sizes(space) - 1, vtype=int)
     algorithm = NSGA2(
         pop_size=len(first),
@@ -123,19 +138,24 @@ def _nsga2(trying: Trying, first: Sequence[Genome], keep: int, settings: Genetic
         mutation=PM(eta=ETA, vtype=float, repair=RoundingRepair()),
         eliminate_duplicates=True,
     )
-    algorithm.setup(problem, termination=("n_gen", trying.evaluations), seed=seed, verbose=False)
-    while trying.left > keep:
-        asked: Any = algorithm.ask()
-        if asked is None or not len(asked):
-            return  # nothing new can be bred
-        genomes = [np.rint(g).astype(np.int64) for g in asked.get("X")]
-        found = trying.all([genotype.decode(space, g) for g in genomes])
-        if len(found) < len(genomes):
-            return
-        asked.set("F", np.array([[1 - c.evaluation.accuracy, c.predicted_ms] for c in found]))
-        for individual in asked:
-            individual.evaluated.add("F")
-        algorithm.tell(infills=asked)
+    algorithm.setup(problem, termination=("n_gen", generations), seed=seed, verbose=False)
+    return algorithm
+
+
+def generation(trying: Trying, algorithm: Any) -> bool:
+    """Breed, judge, and keep the best of parents and children; says whether there was anything to go on with."""
+    asked: Any = algorithm.ask()
+    if asked is None or not len(asked):
+        return False  # nothing new can be bred
+    genomes = [np.rint(g).astype(np.int64) for g in asked.get("X")]
+    found = trying.all([genotype.decode(trying.space, g) for g in genomes])
+    if len(found) < len(genomes):
+        return False
+    asked.set("F", np.array([[1 - c.evaluation.accuracy, c.predicted_ms] for c in found]))
+    for individual in asked:
+        individual.evaluated.add("F")
+    algorithm.tell(infills=asked)
+    return True
 
 
 # ---- the scalar score ----------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ PART = 0.25  # of the evaluations, at most, for that
 
 def decode(space: Space, genome: Genome) -> dict[str, int]:
     """The widths; groups without a choice have no gene."""
+    assert ((genome >= 0) & (genome < sizes(space))).all(), "a gene below 0 would be read from the other end"
     genes = dict(zip(space.groups, genome.tolist(), strict=True))
     return {g: widths[genes.get(g, 0)] for g, widths in space.widths.items()}
 

@@ -9,7 +9,7 @@ widths.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,19 +42,23 @@ def search(trying: Trying, settings: RLSection, seed: int) -> Candidate:
     Returns:
         the candidate at this step's budget that is worth most.
     """
-    space, draw = trying.space, np.random.Generator(np.random.PCG64(seed))
-    chosen: list[Candidate] = []
+    chosen = [candidate for found, _ in moves(trying, settings, seed) for candidate in found]
+    return trying.best(chosen)
+
+
+def moves(trying: Trying, settings: RLSection, seed: int) -> Iterator[tuple[list[Candidate], Floats]]:
+    """Candidates of every move at this step's budget, and the distribution after it, (groups,)."""
+    draw = np.random.Generator(np.random.PCG64(seed))
     remembered: list[Sample] = []
-    distribution = beginning(space)
+    distribution = beginning(trying.space)
     while trying.left:
         actions = [noisy(distribution, settings.noise, draw) for _ in range(settings.samples)]
         found, rewards = _judged(trying, actions, 0, settings, draw)
-        chosen += found
         for action, reward in zip(actions, rewards, strict=False):
             remembered = _remember(remembered, Sample(action, reward), settings.samples)
         towards = _pick(remembered, epsilon(settings.epsilon, trying), draw)
         distribution = moved(distribution, towards.action, settings.rate, settings.clip)
-    return trying.best(chosen)
+        yield found, distribution
 
 
 def beginning(space: Space) -> Floats:
