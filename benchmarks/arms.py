@@ -1,4 +1,4 @@
-"""Other ways to choose widths, for the same values as the exact solver: a linearised knapsack, a greedy, multiply-adds.
+"""Other ways to choose widths than the exact solver: a linearised knapsack, a greedy, multiply-adds, a global ranking.
 
 The linearised knapsack is HALP's (arXiv 2210.06659), from its mathematics: input widths are frozen at those of the step
 before, so that a layer's cost belongs to the group that makes its output; K steps of a geometric budget schedule. Each
@@ -169,6 +169,26 @@ def _given(parts: list[Term | Sum], choice: list[int], g: int, choices: int) -> 
         at = np.arange(choices) if part.b == g else np.full(choices, choice[part.b] if part.b >= 0 else 0)
         total += part.base[at] + part.slope[at] * (rest + own)
     return total
+
+
+# ---- a global ranking ----------------------------------------------------------------------------------------
+
+
+def globally(costs: Costs, scores: Importance, budget_ms: float, limits: Sequence[Limit] = ()) -> Plan:
+    """The lowest scores of all groups together go, one by one, until the latency fits: see `Allocator`.
+
+    A group has the narrowest width on offer that holds what is left of it, and never less than its narrowest.
+    """
+    left, units = dict(costs.dense), dict(costs.dense)
+    for _, g in sorted((float(score), group) for group in costs.candidates for score in scores[group]):
+        if costs.predict_ms(units) <= budget_ms:
+            break
+        left[g] -= 1
+        units[g] = min(w for w in costs.candidates[g] if w >= max(left[g], 1))
+    if costs.predict_ms(units) > budget_ms:
+        raise UnreachableBudget(allocate.too_small(units, costs, budget_ms, limits))
+    value = value_of(scores, units)
+    return Plan(units, costs.predict_ms(units), costs.predict_ms(costs.dense), value, float("nan"))
 
 
 # ---- multiply-adds -------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
     python benchmarks/strategies.py --data DIR --fit        carry them all to the measured latency: needs a quiet one
     python benchmarks/strategies.py --data DIR              train and judge what has been carried there
     python benchmarks/strategies.py --data DIR --latency    time the networks of all results, in one session
-    python benchmarks/strategies.py --data DIR --fronts     judge fronts, genetic and random, on the final images
+    python benchmarks/strategies.py --data DIR --fronts     search fronts, genetic and random; judge them once more
     python benchmarks/strategies.py --data DIR --rates      evaluations a minute with one and with two workers
     python benchmarks/strategies.py --table                 the tables of what there is
 
@@ -13,8 +13,11 @@ judge the same number of different networks on images of the search split, anew 
 same samples without learning), random-search, genetic. Before a candidate is judged its batch norm is re-estimated on
 256 images. *-by-accuracy are the most accurate ones of the same candidates, instead of those of least loss; of rl's
 own, for it moves towards them.
-knapsack-macs prices channels by multiply-adds, as many of them as the latency allows; knapsack-ce is the knapsack's
-plan, trained on labels alone; channels-* are its widths with channels ranked otherwise. Accuracy is of the final half
+knapsack-macs prices channels by multiply-adds, as many of them as the latency allows; knapsack-taylor is the knapsack
+with Taylor's scores, anew for each seed, as the values and as the ranking; from global-l2 the channels of least L2 norm
+go, of all groups together, until the latency fits. knapsack-ce is the knapsack's plan, trained on labels alone;
+channels-* are its widths with channels ranked otherwise. Draws of random widths beyond the third (--arms random --seeds
+0 1 ... 19) are trained too: the tables say where among them each arm lies. Accuracy is of the final half
 of the test images, with batch norm re-estimated on 1,024 images, and after the same short training with distillation.
 Every piece is kept, and one that was stopped goes on. The table's correction is measured once and kept, so that a
 search that goes on has the same costs.
@@ -38,7 +41,7 @@ import strategies_fronts as fronts
 import strategies_tables as tables
 import torch
 from cifar10 import EXAMPLE, SETTINGS, Case
-from strategies_tables import ARMS, BORROWED, BY, FOLDER, MACS, ONCE, PLAIN, SCORED, TRIED
+from strategies_tables import ARMS, BORROWED, BY, FOLDER, GLOBAL, MACS, NEAR, ONCE, PLAIN, SCORED, TRIED, VALUED
 from strategies_task import Judged, inside, right, short
 
 from edgeprune import allocate, allocators, finetune, importance, measure, search, shaping, surgery
@@ -50,13 +53,14 @@ from edgeprune.runs import Run
 from edgeprune.search import Space, Subject, workers
 from edgeprune.watch import Silent
 
-NEAR = 0.02  # latencies of the arms
 ROUNDS = 4  # of carrying plans to the measured latency
 SESSION_S = 45.0  # of timing all of them in turn
+LATENCY_S = 90.0  # of timing the networks of all results
 SCAN_IMAGES = 250  # by which magnitude's scan judges each layer at each threshold: 240 evaluations of them
 SOFT_STEPS = 150  # of the gradient, half of what is the default: time
 TAYLOR_IMAGES = 2048  # by whose gradients channels are ranked
-DRAWS = 20  # of random widths, judged before training only
+DRAWS = 20  # further ones of random widths, judged before training only
+TRAININGS = 3  # orders of images; random draws beyond the third are trained by these in turn
 
 
 class Comparison:
@@ -104,17 +108,20 @@ class Comparison:
         return known
 
     def _found(self, arm: str, share: float, seed: int) -> tuple[dict[str, int], Evaluation, dict[str, Any]]:
-        subject, budget_ms = self.subject(arm, share, seed), share * self.dense_ms
+        budget_ms = share * self.dense_ms
+        scores = self._scored(VALUED[arm], seed) if arm in VALUED else self.case.scores
+        subject = self.subject(arm, share, seed, scores)
         if arm in TRIED:
             return self._tried(subject, arm, budget_ms, seed)
         if arm in shaping.NAMES:
             shape = self._shape(subject, arm, budget_ms)
             plan = allocators.scaled(shape.shares, self.costs, shape.scores, budget_ms)
-            scores = {"scores": {g: s.tolist() for g, s in shape.scores.items()}} if arm == "magnitude" else {}
             subject = self.subject(arm, share, seed, shape.scores)
-            return dict(plan.widths), subject.judge(plan.widths, self.options.images), scores
-        plan = _allocator(arm, seed)(self.costs, self.case.scores, budget_ms, ())
-        return dict(plan.widths), subject.judge(plan.widths, self.options.images), {}
+            more = _listed(shape.scores) if arm == "magnitude" else {}
+            return dict(plan.widths), subject.judge(plan.widths, self.options.images), more
+        plan = _allocator(arm, seed)(self.costs, scores, budget_ms, ())
+        more = _listed(scores) if arm in VALUED else {}
+        return dict(plan.widths), subject.judge(plan.widths, self.options.images), more
 
     def _tried(
         self, subject: Subject, arm: str, budget_ms: float, seed: int
@@ -124,12 +131,12 @@ class Comparison:
             images=self.options.images,
             workers=self.options.workers,
             by="accuracy" if arm.endswith(BY) else "loss",
-            rl=RLSection(rate=0.0 if arm == "rl-rate-0" else 0.5),  # type: ignore[call-arg]
+            rl=RLSection(rate=0.0 if "-rate-0" in arm else 0.5),  # type: ignore[call-arg]
         )
         path = subject.run.path(search.JOURNAL)
         before = len(list(search.journal.read(path))) if path.exists() else 0
         space = Space(self.costs, self.case.scores, (budget_ms,))
-        strategy = arm.removesuffix("-rate-0").removesuffix(BY)
+        strategy = arm.removesuffix(BY).removesuffix("-rate-0")
         found = search.find(subject, space, strategy, settings, 1, seed, Silent())
         judged = list(search.journal.read(path))
         curve = tables.best_so_far([(self.costs.predict_ms(space.units(k)), e.loss) for k, e in judged], budget_ms)
@@ -145,7 +152,7 @@ class Comparison:
 
     def subject(self, arm: str, share: float, seed: int, scores: Importance | None = None) -> Subject:
         case, task = self.case, Judged(self.case, 0, self.options.batches)
-        same = arm if arm.startswith("rl") else arm.removesuffix(BY)  # candidates; where rl goes depends on them
+        same = arm if arm == f"rl{BY}" else arm.removesuffix(BY)  # candidates; where rl goes depends on them
         folder = Run(record.RESULTS / FOLDER / "journals" / tables.name(same, share, seed))
         return Subject(case.dense, case.graph, case.dense, {}, scores or case.scores, task, folder)
 
@@ -162,7 +169,10 @@ class Comparison:
     # ---- carrying them to the measured latency ----
 
     def fit(self) -> None:
-        """All plans that are off are made again for another predicted budget, and timed in turn with the dense one."""
+        """All plans that are off are made again for another predicted budget, and timed in turn with the dense one.
+
+        One that has been trained stays as it was.
+        """
         found = {tables.name(*n): (n, self.search(*n)) for n in self._distinct()}
         for _ in range(ROUNDS):
             plans = {name: record.load(f"{FOLDER}/plans/{name}") for name in found}
@@ -182,9 +192,12 @@ class Comparison:
                 print(f"{name}: {ratio:.3f} of the budget", flush=True)
 
     def _distinct(self) -> list[tuple[str, float, int]]:
-        """Of what has been searched."""
+        """Of what has been searched, and not trained yet."""
         names = dict.fromkeys((a, share, 0 if a in ONCE else seed) for a, share, seed in self.names())
-        return [n for n in names if record.load(f"{FOLDER}/searches/{tables.name(*n)}") is not None]
+        results = tables.results().values()
+        trained = {(r["arm"], r["share"], 0 if r["arm"] in ONCE else r["seed"]) for r in results}
+        found = [n for n in names if record.load(f"{FOLDER}/searches/{tables.name(*n)}") is not None]
+        return [n for n in found if n not in trained]
 
     def _made(self, name: tuple[str, float, int], found: Mapping[str, Any], before: Any) -> dict[str, Any]:
         arm, share, seed = name
@@ -192,7 +205,7 @@ class Comparison:
         attempts = before["attempts"] if before else []
         if attempts:
             budget_ms = attempts[-1]["budget_ms"] / attempts[-1]["ratio"]
-        plan = self._how(arm, seed, found)(self.costs, self.case.scores, budget_ms, ())
+        plan = self._how(arm, seed, found)(self.costs, self._scores_of(found), budget_ms, ())
         return {"widths": dict(plan.widths), "budget_ms": budget_ms, "attempts": attempts}
 
     def _how(self, arm: str, seed: int, found: Mapping[str, Any]) -> Allocator:
@@ -200,19 +213,24 @@ class Comparison:
             return allocators.to_shares(allocators.shares_of(self.costs, found["widths"]))
         return _allocator(arm, seed)
 
-    def _timed(self, networks: list[tuple[Mapping[str, int], Mapping[str, Any]]]) -> list[measure.Timing]:
+    def _timed(
+        self, networks: list[tuple[Mapping[str, int], Mapping[str, Any]]], session_s: float = SESSION_S
+    ) -> list[measure.Timing]:
         """The dense network, then these."""
         case = self.case
         artifacts = [
             case.target.export(self.cut(widths, found), EXAMPLE, case.folder / f"timed-{at}")
             for at, (widths, found) in enumerate(networks)
         ]
-        return measure.time_networks([case.bench.dense, *artifacts], case.target, SESSION_S)
+        return measure.time_networks([case.bench.dense, *artifacts], case.target, session_s)
 
     def cut(self, widths: Mapping[str, int], found: Mapping[str, Any]) -> torch.nn.Module:
         case = self.case
-        scores = {g: np.array(s) for g, s in found["scores"].items()} if "scores" in found else case.scores
-        return surgery.cut(case.dense, case.graph, importance.best(scores, widths))
+        return surgery.cut(case.dense, case.graph, importance.best(self._scores_of(found), widths))
+
+    def _scores_of(self, found: Mapping[str, Any]) -> Importance:
+        """The arm's own, or those of the case."""
+        return {g: np.array(s) for g, s in found["scores"].items()} if "scores" in found else self.case.scores
 
     # ---- training ----
 
@@ -233,7 +251,7 @@ class Comparison:
             found = self.search(source, share, seed)
         if arm in SCORED:
             found = {**found, "scores": self._scored(SCORED[arm], seed)}
-        trained = self._trained(self.cut(plan["widths"], found), arm, seed)
+        trained = self._trained(self.cut(plan["widths"], found), arm, seed % TRAININGS)
         result = {
             "arm": arm, "share": share, "seed": seed, "widths": plan["widths"], "ratio": plan["ratio"],
             "batches": self.options.batches, **trained,
@@ -271,14 +289,14 @@ class Comparison:
         """All networks in turn, in one session."""
         found = {name: r for name, r in tables.results().items() if r["arm"] != "dense"}
         distinct = {tables.key(r): r for r in found.values()}
-        dense, *timed = self._timed([(r["widths"], self._search_of(r)) for r in distinct.values()])
+        dense, *timed = self._timed([(r["widths"], self._search_of(r)) for r in distinct.values()], LATENCY_S)
         known = dict(zip(distinct, timed, strict=True))
+        networks = {}
         for name, result in found.items():
-            timing = known[tables.key(result)]
-            own = {"latency_ms": timing.median_ms, "p10_ms": timing.p10_ms, "p90_ms": timing.p90_ms}
-            noise = {"noise": measure.spread([dense, *timed])}
-            record.save(f"{FOLDER}/{name}", {**result, **own, **noise, "dense_ms": dense.median_ms})
-            print(f"{name}: {timing.median_ms / dense.median_ms:.3f} of the dense latency", flush=True)
+            one = known[tables.key(result)]
+            networks[name] = {"latency_ms": one.median_ms, "p10_ms": one.p10_ms, "p90_ms": one.p90_ms}
+        noise = measure.spread([dense, *timed])
+        record.save(f"{FOLDER}/latency", {"dense_ms": dense.median_ms, "noise": noise, "networks": networks})
 
     def _search_of(self, result: Mapping[str, Any]) -> dict[str, Any]:
         return self.search("knapsack" if result["arm"] in BORROWED else result["arm"], result["share"], result["seed"])
@@ -305,7 +323,12 @@ class Comparison:
 
 
 def _allocator(arm: str, seed: int) -> Allocator:
-    return arms.by_macs if arm == MACS else allocators.named(arm, seed)
+    own: dict[str, Allocator] = {MACS: arms.by_macs, GLOBAL: arms.globally}
+    return own.get(arm) or allocators.named("knapsack" if arm in VALUED else arm, seed)
+
+
+def _listed(scores: Importance) -> dict[str, Any]:
+    return {"scores": {g: s.tolist() for g, s in scores.items()}}
 
 
 def _arms(comparison: Comparison) -> list[str]:
@@ -346,6 +369,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--share", type=float, nargs="*", default=[0.5], help="of the dense latency")
     parser.add_argument("--evaluations", type=int, default=300)
+    parser.add_argument("--front-evaluations", type=int, default=400)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--batches", type=int, default=100, help="of 128 images, of the short training")
     parser.add_argument("--workers", type=int, default=1)
@@ -353,7 +377,7 @@ def main() -> None:
     parser.add_argument("--search", action="store_true", help="find widths for every arm")
     parser.add_argument("--fit", action="store_true", help="carry them to the measured latency")
     parser.add_argument("--latency", action="store_true", help="time the networks of all results in one session")
-    parser.add_argument("--fronts", action="store_true", help="judge fronts, genetic and random, on the final images")
+    parser.add_argument("--fronts", action="store_true", help="search fronts, genetic and random, and judge them again")
     parser.add_argument("--rates", action="store_true", help="evaluations a minute with one and two workers")
     parser.add_argument("--table", action="store_true", help="print the tables of what there is")
     options = parser.parse_args()

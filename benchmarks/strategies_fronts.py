@@ -1,14 +1,19 @@
-"""Fronts of benchmarks/strategies.py: evolved ones, and those of random networks of equal number."""
+"""Fronts of benchmarks/strategies.py: evolved ones, and those of random networks of equal number.
+
+Their searches are apart from those for one latency: as many networks each, after the same first generation.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import record
+from numpy.typing import NDArray
 from strategies_tables import FOLDER, name
 
 from edgeprune import allocate, finetune, search
@@ -16,59 +21,93 @@ from edgeprune.config import GeneticSection, SearchSection
 from edgeprune.search import Candidate, Space, Subject, Trying, front, genetic, genotype, workers
 from edgeprune.search.front import Choice
 from edgeprune.search.journal import Journal, read
+from edgeprune.watch import Silent
 
 if TYPE_CHECKING:
     from strategies import Comparison
 
-ANYWHERE = "anywhere"
+EVOLVED, ANYWHERE = "front", "anywhere"
+AT_ONCE = 8  # random networks
 CHANCE = 0.9  # the error of guessing
 
 
 def both(comparison: Comparison, share: float, seed: int) -> None:
-    """Judge both fronts of a seed once more, on the final images; kept."""
-    evolved = comparison.subject("genetic", share, seed)
-    if not evolved.run.has(f"{front.NAME}.json"):
-        print(f"genetic has not searched with seed {seed} yet: --search --arms genetic", flush=True)
-        return
-    for arm in ("genetic", ANYWHERE):
+    """Search both fronts of a seed, and judge them once more on the final images; kept.
+
+    Args:
+        share: of the dense latency: where the genetic search carries the last of its networks to.
+    """
+    asked = comparison.options.front_evaluations
+    for arm, searched in (("genetic", _evolved), (ANYWHERE, _anywhere)):
         at = f"{FOLDER}/fronts/{name(arm, share, seed)}"
-        if record.load(at) is None:
-            candidates = _evolved(comparison, evolved) if arm == "genetic" else _anywhere(comparison, share, seed)
-            plans = [_again(comparison, evolved, choice) for choice in front.of(candidates)]
-            volumes = {key: _volume(comparison, plans, key) for key in ("accuracy", "final_accuracy")}
-            record.save(at, {"arm": arm, "seed": seed, "evaluations": len(candidates), "plans": plans, **volumes})
-            print(f"{at}: {len(plans)} plans, hypervolume {volumes}", flush=True)
+        known = record.load(at)
+        if known is None:
+            known = {"arm": arm, "seed": seed, "asked": asked, **_front(comparison, searched, share, seed)}
+            record.save(at, known)
+            print(f"{at}: {len(known['plans'])} plans of {known['evaluations']} networks", flush=True)
+        if known["asked"] != asked:
+            raise SystemExit(f"{at} was asked for {known['asked']} evaluations: delete it, or ask for as many")
 
 
-def _evolved(comparison: Comparison, subject: Subject) -> list[Candidate]:
-    space = Space(comparison.costs, comparison.case.scores, ())
+Searched = Callable[["Comparison", Space, float, int], Sequence[Candidate]]
+
+
+def _front(comparison: Comparison, searched: Searched, share: float, seed: int) -> dict[str, Any]:
+    options = comparison.options
+    space = Space(comparison.costs, comparison.case.scores, (share * comparison.dense_ms,))
+    began = time.monotonic()
+    candidates = searched(comparison, space, share, seed)
+    minutes = (time.monotonic() - began) / 60
+    subject = comparison.subject(ANYWHERE, share, seed)
+    plans = [_again(comparison, subject, choice) for choice in front.of(candidates)]
+    volumes = {key: _volume(comparison, plans, key) for key in ("accuracy", "final_accuracy")}
+    return {
+        "evaluations": len(candidates), "images": options.images, "minutes": minutes, "workers": options.workers,
+        "plans": plans, **volumes,
+    }  # fmt: skip
+
+
+def _evolved(comparison: Comparison, space: Space, share: float, seed: int) -> list[Candidate]:
+    subject = comparison.subject(EVOLVED, share, seed)
+    search.find(subject, space, "genetic", _settings(comparison), 1, seed, Silent())
     judged = read(subject.run.path(search.JOURNAL))
     return [Candidate(units := space.units(key), space.cost_ms(units), found) for key, found in judged]
 
 
-def _anywhere(comparison: Comparison, share: float, seed: int) -> tuple[Candidate, ...]:
+def _anywhere(comparison: Comparison, space: Space, share: float, seed: int) -> tuple[Candidate, ...]:
     """The genetic search's first generation, then random parts of the channels go, at random latencies.
 
     What the genetic search has judged already is not judged again, but counts.
     """
-    costs, scores, options = comparison.costs, comparison.case.scores, comparison.options
-    space = Space(costs, scores, (share * comparison.dense_ms,))
+    costs, settings = comparison.costs, _settings(comparison)
     subject = comparison.subject(ANYWHERE, share, seed)
+    evolved = dict(read(comparison.subject(EVOLVED, share, seed).run.path(search.JOURNAL)))
     journal = Journal(subject.run.path(search.JOURNAL), tuple(costs.candidates))
-    journal.known.update(read(comparison.subject("genetic", share, seed).run.path(search.JOURNAL)))
-    settings = SearchSection(images=options.images, workers=options.workers)  # type: ignore[call-arg]
+    journal.known.update(evolved)
     draw = np.random.Generator(np.random.PCG64(seed))
-    least_ms, dense_ms = allocate.floor(costs).predicted_ms, costs.predict_ms(costs.dense)
-    sizes = np.array([costs.dense[g] for g in space.groups], dtype=float)
     with closing(journal), workers.judges(subject, settings) as judges:
-        trying = Trying(space, judges, journal, options.evaluations, lambda done, of: None)
-        first = genetic.beginning(trying, GeneticSection(), genetic.population(trying.evaluations), draw)
+        trying = Trying(space, judges, journal, settings.evaluations, lambda done, of: None)
+        first = genetic.beginning(trying, GeneticSection(), genetic.population(settings.evaluations), draw)
         trying.all([genotype.decode(space, genome) for genome in first])
-        while trying.left:
-            level = replace(space, budgets_ms=(draw.uniform(least_ms, dense_ms),))
-            parts = np.maximum(draw.dirichlet(np.ones(len(sizes))) * sizes, 1e-9)
-            trying.all([level.removing(dict(zip(space.groups, parts.tolist(), strict=True))).widths])
+        while (left := len(evolved) - len(trying.candidates)) > 0:
+            trying.all([_drawn(space, draw) for _ in range(min(left, AT_ONCE))])
         return trying.candidates
+
+
+def _drawn(space: Space, draw: np.random.Generator) -> Mapping[str, int]:
+    costs = space.costs
+    least_ms, dense_ms = allocate.floor(costs).predicted_ms, costs.predict_ms(costs.dense)
+    sizes: NDArray[np.float64] = np.array([costs.dense[g] for g in space.groups], dtype=float)
+    level = replace(space, budgets_ms=(draw.uniform(least_ms, dense_ms),))
+    parts = np.maximum(draw.dirichlet(np.ones(len(sizes))) * sizes, 1e-9)
+    return level.removing(dict(zip(space.groups, parts.tolist(), strict=True))).widths
+
+
+def _settings(comparison: Comparison) -> SearchSection:
+    options = comparison.options
+    return SearchSection(  # type: ignore[call-arg]
+        evaluations=options.front_evaluations, images=options.images, workers=options.workers
+    )
 
 
 def _again(comparison: Comparison, subject: Subject, choice: Choice) -> dict[str, Any]:
