@@ -145,6 +145,9 @@ def test_a_run_is_explained_for_people_and_for_programs(
     assert "of the layers' latency cannot be pruned at the least widths" in text
     assert "the floor of this device:" in text
     assert "whole networks are predicted at" in text
+    why = found["operators"]["why"]
+    assert "reformats and fallbacks show in the latency end to end only" in why
+    assert f"reformats and fallbacks are not listed, nor the runtime's own operators: {why}" in text
 
 
 def test_the_dense_network_is_explained_without_a_run(
