@@ -44,7 +44,7 @@ class Filled:
     interval: float  # that was asked for: half the width of an entry's 95 % interval, relative
     noise: float  # median half-width of the entries' 95 % intervals, relative
     unsure: int  # entries whose interval is wider than was asked for
-    notes: tuple[str, ...]  # what the device said about itself: busy, throttled ...
+    notes: tuple[str, ...]  # what the device said about itself, now or when entries were measured: busy, throttled ...
 
 
 def timed(layers: Sequence[Layer], target: Target) -> list[Layer]:
@@ -84,7 +84,7 @@ def fill(
     used = {shape: work.entries[shape] for shape in _used(layers, candidates, work.entries)}
     unsure = sum(t.interval > interval for t in used.values())
     wider = f"{unsure} of {len(used)} entries did not get within {100 * interval:g}%"
-    notes = {*work.notes, *([wider] if unsure else [])}
+    notes = {*work.notes, *work.noted_before(used), *([wider] if unsure else [])}
     noise = float(np.median([t.interval for t in used.values()])) if used else 0.0
     filled = Filled(len(used), work.measured, work.repeated, interval, noise, unsure, tuple(sorted(notes)))
     return LatencyTable(work.fingerprint, used, IDENTITY), filled
@@ -178,6 +178,12 @@ class _Work:
         state = self.target.state()
         self.notes |= set(state.notes)
         return state
+
+    def noted_before(self, used: Mapping[LayerShape, Timing]) -> set[str]:
+        """What earlier sessions noted that measured some of these entries."""
+        took = {e.session for e in self.store.records(self.fingerprint) if e.layer in used} - {self.session}
+        sessions = [s for s in self.store.sessions(self.fingerprint) if s.id in took]
+        return {f"{note} (on {s.began_at[:10]})" for s in sessions for note in (*s.began.notes, *s.notes)}
 
     def finish(self) -> None:
         """Record the state that the device was in at the end."""

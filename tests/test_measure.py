@@ -170,6 +170,18 @@ def test_a_table_taken_on_a_busy_machine_says_so(
     assert "busy: load 3.1 on 2 cores" in capsys.readouterr().out
 
 
+def test_a_table_taken_on_a_busy_machine_says_so_to_the_next_network_that_uses_its_entries(tmp_path: Path) -> None:
+    busy, quiet = Device(), Device()
+    busy.notes = ("busy: load 3.1 on 2 cores",)
+    filled(busy, tmp_path)
+    _, same = filled(quiet, tmp_path)
+    (session,) = Store(tmp_path / "latency.sqlite").sessions(HERE)
+    assert (same.measured, same.notes) == (0, (f"busy: load 3.1 on 2 cores (on {session.began_at[:10]})",))
+    other = replace(LAYER, shape=replace(SHAPE, spatial=(4, 4)))
+    _, found = filled(quiet, tmp_path, other)
+    assert (found.measured, found.notes) == (1, ()), "none of its entries is of that session"
+
+
 def test_a_machine_that_others_begin_to_use_meanwhile_is_noticed_too(tmp_path: Path) -> None:
     class Joined(Device):
         def time(self, items: Sequence[Any], *limits: float) -> list[Timing]:
