@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import budgets, metrics, pipeline, runs, search, store, target
 from .asked import Asked
-from .config import CompressSection, MagnitudeSection, SearchSection, SoftSection
+from .config import CompressSection, MagnitudeSection, ProfileSection, SearchSection, SoftSection
 from .errors import RunError, UsageError
 from .finetune import Images
 from .graph import Example
@@ -43,6 +43,7 @@ def compress(
     search_settings: Mapping[str, Any] | None = None,
     magnitude_settings: Mapping[str, Any] | None = None,
     soft_settings: Mapping[str, Any] | None = None,
+    profile_settings: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Outcome:
     """Prune `model` to a latency measured on `target`, with your own training loop.
@@ -60,6 +61,7 @@ def compress(
         targets: [target.*] sections by name, as in edgeprune.toml.
         search_settings: the keys of [search], for strategies that try candidates.
         magnitude_settings, soft_settings: the keys of [magnitude] and [soft], for the strategies of those names.
+        profile_settings: the keys of [profile], for what the latency table lacks.
         search_images: labelled images for the floors' metrics while choices are made.
         final_images: labelled images nobody has looked at, for accuracy and the floors in the end.
         measures: metrics of your own by name, that `floors` may name: of (outputs, labels, inputs), arrays.
@@ -71,6 +73,7 @@ def compress(
     searching = SearchSection.model_validate(search_settings or {})
     weights = MagnitudeSection.model_validate(magnitude_settings or {})
     shares = SoftSection.model_validate(soft_settings or {})
+    profiled = ProfileSection.model_validate(profile_settings or {})
     known = {n: (measures or {}).get(n) or metrics.resolve(n, Path.cwd()) for n in section.floors}
     with ExitStack() as stack:
         opened = target if not isinstance(target, str) else _open(target, targets or {})
@@ -87,6 +90,7 @@ def compress(
             store.Store(store.default_path()),
             watch,
             resume,
+            interval=profiled.interval,
         )
 
 

@@ -32,6 +32,7 @@ else:  # pragma: no cover
     import tomli as tomllib
 
 FILE = "edgeprune.toml"
+INTERVAL = 0.01  # of a latency table's entries, see [profile]
 
 
 class Section(BaseModel):
@@ -102,6 +103,16 @@ def _numbers(value: Any) -> budgets.Numbers:
 
 
 Numbers = Annotated[budgets.Numbers, PlainValidator(_numbers)]
+
+
+class ProfileSection(Section):
+    """[profile]: how sure a latency table is, whichever command measures it."""
+
+    interval: Annotated[float, Field(gt=0, lt=1)] = Field(
+        INTERVAL,
+        description="a layer is measured until the 95 % interval of its median is this narrow, relative to it; what is "
+        "on disk already stays as it is",
+    )
 
 
 class CompressSection(Section):
@@ -232,6 +243,7 @@ class Config(Section):
     model: ModelSection
     data: DataSection | None = None
     target: dict[str, TargetSection] = Field(default_factory=dict)
+    profile: ProfileSection = Field(default_factory=ProfileSection)  # type: ignore[arg-type]
     compress: CompressSection = Field(default_factory=CompressSection)  # type: ignore[arg-type]
     finetune: FinetuneSection = Field(default_factory=FinetuneSection)  # type: ignore[arg-type]
     search: SearchSection = Field(default_factory=SearchSection)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from torch import nn
 
 from . import allocate, measure, planning, runs, verify, widths
 from .allocate import Costs
-from .config import CompressSection
+from .config import INTERVAL, CompressSection
 from .graph import Example, ModelGraph, trace
 from .planning import Bench, Preflight
 from .records import FrozenChannels, LayerRow, Operators, VerifyReport
@@ -90,6 +90,7 @@ def explain(
     run: Run | None,
     watch: Watch,
     calibration: Sequence[NDArray[Any]] = (),
+    interval: float = INTERVAL,
 ) -> Explanation:
     """Explain the latency of a finished run's network, or of the dense one.
 
@@ -102,6 +103,7 @@ def explain(
         run: a finished run; None for the dense network.
         watch: who is told.
         calibration: of every input, some real ones, where exports for the target need them.
+        interval: see `measure.fill`.
     """
     section = section if run is None else _as_run(section, run)
     graph = trace(model, example, section.protected)
@@ -109,7 +111,7 @@ def explain(
     candidates = widths.candidates(graph.groups, section.min_width, section.protected, blocks)
     layers = measure.timed(graph.layers, target)
     with watch.stage("measure layers") as progress:
-        table, _ = measure.fill(layers, candidates, target, store, progress)
+        table, _ = measure.fill(layers, candidates, target, store, progress, interval)
     costs = measure.costs(layers, candidates, table, blocks)
     if run is None:
         dense, inside = _dense(model, graph, target, calibration)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .allocate import Candidates, Costs
+from .config import INTERVAL
 from .errors import UsageError
 from .records import Artifact, Block, DeviceState, Fingerprint, Layer, LayerShape, Progress, Timing
 from .store import Entry, Store
@@ -18,8 +19,7 @@ from .table import IDENTITY, Correction, LatencyTable, fit, known, sums, surface
 from .target import Target
 
 BATCH = 12  # layers measured in turn
-INTERVAL = 0.01  # a layer is measured until the 95 % interval of its median is this narrow, relative to it
-VISITS = (7, 60)  # at least, at most
+VISITS = (7, 60)  # of a layer, at least and at most
 LAYER_S = 0.2  # at most, a layer
 NETWORK_VISITS, NETWORK_INTERVAL = (25, 200), 0.004  # the same, of a whole network
 DRIFT = 0.04  # a sentinel this far from its reference spoils the batch it was measured with
@@ -44,9 +44,10 @@ class Filled:
     entries: int  # that this network uses
     measured: int  # of them, now
     drifted: int  # batches measured again because the machine had changed
+    interval: float  # that was asked for: half the width of an entry's 95 % interval, relative
     noise: float  # median half-width of the entries' 95 % intervals, relative
     unsure: int  # entries whose interval is wider than was asked for
-    notes: tuple[str, ...]  # what the device said about itself: busy, throttled ...
+    notes: tuple[str, ...]  # what the device said about itself, now or when entries were measured: busy, throttled ...
 
 
 def timed(layers: Sequence[Layer], target: Target) -> list[Layer]:
@@ -61,6 +62,7 @@ def fill(
     target: Target,
     store: Store,
     progress: Progress | None = None,
+    interval: float = INTERVAL,
 ) -> tuple[LatencyTable, Filled]:
     """Measure what the store does not have yet, until the table can answer every plan.
 
@@ -73,8 +75,9 @@ def fill(
         target: where to measure.
         store: shared by all networks on the device.
         progress: told (entries done, of): what is known to be missing grows while steps are found.
+        interval: a layer is measured until the 95 % interval of its median is this narrow, relative to it.
     """
-    work = _Work(target, store)
+    work = _Work(target, store, interval)
     while missing := _missing(layers, candidates, work.entries):
         known = len(_used(layers, candidates, work.entries))
         for done in work.measure(missing):
@@ -82,10 +85,11 @@ def fill(
                 progress(known + done, known + len(missing))
     work.finish()
     used = {shape: work.entries[shape] for shape in _used(layers, candidates, work.entries)}
-    unsure = sum(t.interval > INTERVAL for t in used.values())
-    notes = {*work.notes, *([f"{unsure} of {len(used)} entries did not get within {INTERVAL:.0%}"] if unsure else [])}
+    unsure = sum(t.interval > interval for t in used.values())
+    wider = f"{unsure} of {len(used)} entries did not get within {100 * interval:g}%"
+    notes = {*work.notes, *work.noted_before(used), *([wider] if unsure else [])}
     noise = float(np.median([t.interval for t in used.values()])) if used else 0.0
-    filled = Filled(len(used), work.measured, work.repeated, noise, unsure, tuple(sorted(notes)))
+    filled = Filled(len(used), work.measured, work.repeated, interval, noise, unsure, tuple(sorted(notes)))
     return LatencyTable(work.fingerprint, used, IDENTITY), filled
 
 
@@ -106,8 +110,8 @@ def _used(layers: Sequence[Layer], candidates: Candidates, entries: Mapping[Laye
 class _Work:
     """One filling of a device's table: what is known, what was measured, how steady the machine was."""
 
-    def __init__(self, target: Target, store: Store) -> None:
-        self.target, self.store = target, store
+    def __init__(self, target: Target, store: Store, interval: float) -> None:
+        self.target, self.store, self.interval = target, store, interval
         self.fingerprint = target.fingerprint()
         self.entries = store.entries(self.fingerprint)
         self.reference = self.entries.get(SENTINEL)
@@ -140,7 +144,7 @@ class _Work:
         tries = TRIES if self.unsteady < TRIES else 1
         for again in range(tries):
             self._cool()
-            timings = self.target.time([SENTINEL, *batch], *VISITS, INTERVAL, LAYER_S * (len(batch) + 1))
+            timings = self.target.time([SENTINEL, *batch], *VISITS, self.interval, LAYER_S * (len(batch) + 1))
             off = abs(timings[0].median_ms / self.reference.median_ms - 1) if self.reference else 0.0
             if self._hot(self._state()):
                 off += HOT  # worse than any that was not
@@ -177,6 +181,12 @@ class _Work:
         state = self.target.state()
         self.notes |= set(state.notes)
         return state
+
+    def noted_before(self, used: Mapping[LayerShape, Timing]) -> set[str]:
+        """What earlier sessions noted that measured some of these entries."""
+        took = {e.session for e in self.store.records(self.fingerprint) if e.layer in used} - {self.session}
+        sessions = [s for s in self.store.sessions(self.fingerprint) if s.id in took]
+        return {f"{note} (on {s.began_at[:10]})" for s in sessions for note in (*s.began.notes, *s.notes)}
 
     def finish(self) -> None:
         """Record the state that the device was in at the end."""

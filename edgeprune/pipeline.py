@@ -30,6 +30,7 @@ from . import (
 )
 from .allocate import Costs
 from .asked import Asked
+from .config import INTERVAL
 from .finetune import load_state, read_tensors, save_tensors
 from .graph import Example, ModelGraph, trace
 from .importance import Importance
@@ -69,6 +70,7 @@ class Job:
     asked: Asked
     run: Run
     watch: Watch
+    interval: float = INTERVAL  # of the latency table's entries, see `measure.fill`
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +105,7 @@ def compress(
     also: Sequence[Also] = (),
     within: Run | None = None,
     measured: Run | None = None,
+    interval: float = INTERVAL,
 ) -> Outcome:
     """Prune `model` to a latency that is measured on `target`.
 
@@ -119,6 +122,7 @@ def compress(
         also: further targets with their budgets.
         within: a finished run of the same network: start from its network, and keep a subset of its channels.
         measured: a folder whose preflight.json is of this network on this target.
+        interval: of the latency table's entries, see `measure.fill`.
     Raises:
         UnreachableBudget: before any training, with the fastest this device can be.
     """
@@ -130,7 +134,7 @@ def compress(
     if not run.has("verify.json"):
         if measured is not None and not run.has("preflight.json"):
             run.write("preflight.json", planning.PREFLIGHT, measured.read("preflight.json", planning.PREFLIGHT))
-        job = Job(model, graph, task, asked, run, watch)
+        job = Job(model, graph, task, asked, run, watch, interval)
         begun = _begun(model, within)
         with watch.stage("score channels"):
             scores = current_scores(job, begun)
@@ -251,7 +255,7 @@ def latency_costs(job: Job, target: Target, store: Store) -> Costs:
     candidates |= {g: candidates[g][-1:] for g in whole}
     layers = measure.timed(job.graph.layers, target)
     with job.watch.stage("measure layers") as progress:
-        table, filled = measure.fill(layers, candidates, target, store, progress)
+        table, filled = measure.fill(layers, candidates, target, store, progress, job.interval)
     job.run.write("table.json", FILLED, {"fingerprint": table.fingerprint, "filled": filled})
     return measure.costs(layers, candidates, table, blocks)
 

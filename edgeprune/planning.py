@@ -94,6 +94,7 @@ class Bench:
         self.dense_ms: list[float] = []  # in each session, disturbed or not
         self.spreads: list[float] = []  # between copies of a network, in each session that counted
         self.patience_s = measure.patience_s()  # that is left for disturbed sessions
+        self.patient = self.patience_s > 0  # without any, each measurement is one session
 
     @property
     def noise(self) -> float:
@@ -142,14 +143,14 @@ class Bench:
         held: list[list[Timing]] = []
         calm: list[list[Timing]] = []
         wanted = 1
-        while len(calm) < wanted and (len(held) < wanted + AGAIN or self.patience_s > 0):
+        while len(calm) < wanted and (len(held) < wanted + AGAIN * self.patient or self.patience_s > 0):
             began = time.monotonic()
             held.append(measure.time_networks([self.dense, *artifacts], self.target, SESSION_S))
             self.dense_ms.append(held[-1][0].median_ms)
             calm = [timings for timings in held if timings[0].median_ms <= self.calm_ms * (1 + DISTURBED)]
             if held[-1] not in calm:
                 self.patience_s -= time.monotonic() - began
-            if settled:
+            if settled and self.patient:
                 spreads = [*self.spreads, *map(measure.spread, calm)]
                 wanted = measure.sessions(statistics.median(spreads)) if spreads else 1
         counted = calm or [min(held, key=lambda timings: timings[0].median_ms)]

@@ -16,7 +16,7 @@ from torch import nn
 
 from . import allocate, files, importance, measure, store, widths
 from .allocate import Costs
-from .config import CompressSection
+from .config import INTERVAL, CompressSection
 from .graph import Example, ModelGraph, trace
 from .measure import Filled
 from .planning import Bench
@@ -70,6 +70,7 @@ def profile(
     check: int,
     watch: Watch,
     calibration: Sequence[NDArray[Any]] = (),
+    interval: float = INTERVAL,
 ) -> Profile:
     """Measure every layer width that plans may choose; with `check`, time that many whole networks as well."""
     graph = trace(model, example, section.protected)
@@ -77,7 +78,7 @@ def profile(
     layers = measure.timed(graph.layers, target)
     table_store = store.Store(store.default_path())
     with watch.stage("measure layers") as progress:
-        table, filled = measure.fill(layers, candidates, target, table_store, progress)
+        table, filled = measure.fill(layers, candidates, target, table_store, progress, interval)
     costs = measure.costs(layers, candidates, table, ())
     half = {g: measure.nearest(w, w[-1] / 2) for g, w in candidates.items()}
     rows = tuple(Row(s.layer, _at(s, costs.dense), _at(s, half)) for s in costs.surfaces)

@@ -151,7 +151,7 @@ class Operators:
 
     times: tuple[tuple[str, float], ...]
     whole_ms: float  # end to end, while it was watched
-    why: str  # there are no times; "" too where a runtime is not asked for them
+    why: str  # there are no times; "" too where its operators are the layers of the table
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import nn
 from . import allocate, budgets, importance, pipeline, planning, strategies
 from .allocate import Allocator, Costs
 from .asked import Asked
+from .config import INTERVAL
 from .errors import RunError
 from .graph import Example, trace
 from .importance import Importance
@@ -57,6 +58,7 @@ def compress(
     store: Store,
     watch: Watch,
     resume: bool = False,
+    interval: float = INTERVAL,
 ) -> Series:
     """Prune `model` to each budget in turn, starting each from the network before.
 
@@ -64,13 +66,13 @@ def compress(
         asked: the same but for the budget, loosest first.
         run: the folder of the series.
         resume: go on in a folder that holds this series already.
-        model, example, target, task, store, watch: see `pipeline.compress`.
+        model, example, target, task, store, watch, interval: see `pipeline.compress`.
     Raises:
         UnreachableBudget: before any training, when one of the budgets cannot be reached.
         RunError: the folder holds something else.
     """
     claim(run, [budgets.label(one.budget) for one in asked], resume)
-    curve = _planned(model, example, target, task, asked, run, store, watch)
+    curve = _planned(model, example, target, task, asked, run, store, watch, interval)
     outcomes: list[Outcome] = []
     for one in asked:
         part = Run(run.path(budgets.label(one.budget)))
@@ -78,7 +80,18 @@ def compress(
         before = outcomes[-1].run if outcomes else None
         outcomes.append(
             pipeline.compress(
-                model, example, target, task, one, part, store, watch, resume, within=before, measured=run
+                model,
+                example,
+                target,
+                task,
+                one,
+                part,
+                store,
+                watch,
+                resume,
+                within=before,
+                measured=run,
+                interval=interval,
             )
         )
     return Series(run, curve, tuple(outcomes))
@@ -114,11 +127,12 @@ def _planned(
     run: Run,
     store: Store,
     watch: Watch,
+    interval: float,
 ) -> tuple[Point, ...]:
     """Check every budget against the floor, and solve all of them."""
     first = asked[0]
     graph = trace(model, example, first.protected)
-    job = pipeline.Job(model, graph, task, first, run, watch)
+    job = pipeline.Job(model, graph, task, first, run, watch, interval)
     costs = pipeline.latency_costs(job, target, store)
     scores = importance.score(model, graph.groups, first.importance, task.batches(), first.seed)
     bench = pipeline.bench_on(job, target, run)

@@ -24,6 +24,10 @@ LAYERS = (
     "relu", "relu6", "silu", "hardswish", "hardsigmoid", "sigmoid", "gelu", "leaky_relu", "elu", "tanh", "mish",
 )  # fmt: skip
 INSTALL = "pip install 'edgeprune[openvino]'"
+NOT_COUNTED = (
+    "OpenVINO's counters are averages since a network was loaded and are not read; reformats and fallbacks show in the "
+    "latency end to end only"
+)
 
 
 class Options(BaseModel):
@@ -86,4 +90,4 @@ class Cpu(Served):
 
     def operators(self, folder: Path) -> Operators:
         """None: OpenVINO fuses by its own plan, and its counters are averages since a network was loaded."""
-        return Operators((), 0.0, "")
+        return Operators((), 0.0, NOT_COUNTED)

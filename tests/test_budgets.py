@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import small
 
-from edgeprune import budgets, cli, runs, series, verify
+from edgeprune import budgets, cli, pipeline, runs, series, verify
 from edgeprune.budgets import Request
 from edgeprune.errors import BudgetError, RunError
 from edgeprune.records import Budget, VerifyReport
 from edgeprune.runs import Run
 
 QUICK = small.TOML.replace("steps = 2", "steps = 1").replace("epochs = 2", "epochs = 1")
+SURER = "\n[profile]\ninterval = 0.009\n"
 TWO = QUICK.replace("[compress]", '[target.half]\nkind = "cpu"\nprecision = "bf16"\n\n[compress]')
 
 
@@ -63,7 +64,7 @@ def test_budgets_that_make_no_sense_are_refused_with_what_would(
 def nested(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A project with a series of two budgets, and what the command printed."""
     folder = tmp_path_factory.mktemp("nested")
-    small.make(folder, QUICK)
+    small.make(folder, QUICK + SURER)
     process = small.command("compress", "--speedup", "1.5,1.2", "--json", "--quiet", cwd=folder)
     out, err = process.communicate(timeout=900)
     assert process.returncode in (0, 1), err  # on a busy machine a budget may be missed when it is verified
@@ -82,6 +83,12 @@ def test_each_of_several_budgets_gets_a_run_with_a_subset_of_the_channels_before
         assert set(large) <= set(small_)  # what was cut stays cut
     for run in printed["runs"]:
         assert run["report"]["pruned"]["latency"]["median_ms"] < run["report"]["dense"]["latency"]["median_ms"]
+
+
+def test_the_tables_of_a_series_are_as_certain_as_the_project_asks(nested: tuple[Path, dict[str, Any]]) -> None:
+    folder, printed = nested
+    for run in [folder / "runs/001", *(folder / run["run"] for run in printed["runs"])]:
+        assert Run(run).read("table.json", pipeline.FILLED)["filled"]["interval"] == 0.009
 
 
 def test_the_curve_is_known_before_training_and_falls_with_the_budget(nested: tuple[Path, dict[str, Any]]) -> None:
@@ -138,6 +145,9 @@ def test_a_run_is_explained_for_people_and_for_programs(
     assert "of the layers' latency cannot be pruned at the least widths" in text
     assert "the floor of this device:" in text
     assert "whole networks are predicted at" in text
+    why = found["operators"]["why"]
+    assert "reformats and fallbacks show in the latency end to end only" in why
+    assert f"reformats and fallbacks are not listed, nor the runtime's own operators: {why}" in text
 
 
 def test_the_dense_network_is_explained_without_a_run(
@@ -155,7 +165,7 @@ def test_the_dense_network_is_explained_without_a_run(
 
 def test_one_network_meets_the_budgets_of_two_targets(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """32-bit and 16-bit arithmetic on the same processor: two staircases, one network."""
-    small.make(folder, TWO)
+    small.make(folder, TWO + SURER)
     status = cli.run(["compress", "--target", "cpu,half", "--speedup", "cpu=1.3,half=1.2", "--json", "--quiet"])
     assert status in (0, 1)  # on a busy machine a budget may be missed when it is verified
     found = json.loads(capsys.readouterr().out.splitlines()[0])
@@ -170,3 +180,4 @@ def test_one_network_meets_the_budgets_of_two_targets(folder: Path, capsys: pyte
     assert verify.passed(runs.as_record(VerifyReport, second)) == found["others"][0]["passed"]
     chosen = json.loads(Path("runs/001/step-1/plan.json").read_text())["chosen"]
     assert len(chosen["others_ms"]) == 1
+    assert Run(Path("runs/001")).read("table.json", pipeline.FILLED)["filled"]["interval"] == 0.009

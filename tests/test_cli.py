@@ -58,6 +58,7 @@ def test_without_a_project_file_init_is_suggested(folder: Path, capsys: pytest.C
         ("[0.6, 0.2, 0.2]", "[0.6, 0.6, 0.2]", "split: three positive shares that add up to 1 are needed"),
         ("[compress]", "[target.pi]\nkind = \"toaster\"\n[compress]", "'toaster' is no kind of target; there are: cpu"),
         ("[compress]", "[target.pi]\nkind = \"cpu\"\nthread = 2\n[compress]", "[target.pi]: unknown key thread"),
+        ("[compress]", "[profile]\ninterval = 0\n[compress]", "profile.interval: input should be greater than 0"),
         ("[compress]", "[compress", "is not valid TOML"),
     ],
 )  # fmt: skip

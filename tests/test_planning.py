@@ -84,7 +84,7 @@ class Sessions(Bench):
 
     def __init__(self, *sessions: tuple[float, float]) -> None:
         self.dense, self.target = self, self
-        self.reference_ms, self.dense_ms, self.spreads, self.patience_s = 10.0, [10.0] * 9, [], 0.0
+        self.reference_ms, self.dense_ms, self.spreads, self.patience_s, self.patient = 10.0, [10.0] * 9, [], 0.0, True
         self.left = list(sessions)
 
     def time(self, items: Sequence[Any], *bounds: float) -> list[Timing]:
@@ -108,7 +108,7 @@ class Copies(Bench):
 
     def __init__(self, apart: float, draw: np.random.Generator) -> None:
         self.dense, self.target = self, self
-        self.reference_ms, self.dense_ms, self.spreads, self.patience_s = 10.0, [10.0], [], 0.0
+        self.reference_ms, self.dense_ms, self.spreads, self.patience_s, self.patient = 10.0, [10.0], [], 0.0, True
         self.apart, self.draw, self.sessions = apart, draw, 0
 
     def time(self, items: Sequence[Any], *bounds: float) -> list[Timing]:
@@ -152,7 +152,7 @@ class Busy(Bench):
     def __init__(self, clock: Clock, patience_s: float) -> None:
         self.dense, self.target = self, self
         self.reference_ms, self.dense_ms, self.spreads = 10.0, [10.0] * 99, []
-        self.patience_s, self.clock = patience_s, clock
+        self.patience_s, self.patient, self.clock = patience_s, True, clock
 
     def time(self, items: Sequence[Any], *bounds: float) -> list[Timing]:
         self.clock.sleep(1.0)
@@ -194,3 +194,10 @@ def test_patience_that_is_no_number_of_seconds_is_refused(text: str, monkeypatch
     monkeypatch.setenv(measure.PATIENCE, text)
     with pytest.raises(UsageError, match=f"EDGEPRUNE_PATIENCE_S={text}: give the seconds"):
         measure.patience_s()
+
+
+def test_without_patience_each_measurement_is_one_session() -> None:
+    bench = Sessions((12.0, 9.0), (10.0, 5.0))
+    bench.patient = False
+    assert bench.timed([None], settled=True) == pytest.approx([7.5])
+    assert len(bench.left) == 1

@@ -146,7 +146,14 @@ def profile(
     opened = _project(path, [*(overrides or ()), *_power(path, target, power_mode)])
     with closing(opened.open_target(target)) as device:
         found = profiling.profile(
-            opened.model, opened.example, device, opened.config.compress, check, Bars(quiet), opened.calibration(device)
+            opened.model,
+            opened.example,
+            device,
+            opened.config.compress,
+            check,
+            Bars(quiet),
+            opened.calibration(device),
+            opened.config.profile.interval,
         )
     show.result(profiling.as_json(found), as_json, lambda _: show.profile(found))
 
@@ -223,6 +230,7 @@ def explain(
             None if folder is None else Run(folder),
             Bars(quiet),
             opened.calibration(device),
+            opened.config.profile.interval,
         )
     show.result(files.plain(found), as_json, lambda _: explaining.text(found))
 

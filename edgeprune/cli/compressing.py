@@ -19,20 +19,30 @@ def run(opened: Project, request: Request, folder: Run, resume: bool, as_json: b
     """Run it, write the pages and print the verdicts; raises MissedError when a network did not pass."""
     sections = opened.config.search, opened.config.magnitude, opened.config.soft
     asked = [api.asked(opened.config.compress, level[0], *sections) for level in request.levels]
-    entries, watch = store.Store(store.default_path()), Bars(quiet)
+    entries, watch, interval = store.Store(store.default_path()), Bars(quiet), opened.config.profile.interval
     with ExitStack() as stack:
         with watch.stage("load the network and its images"):
             task = opened.task()
         targets = _open(opened, request, stack)
         if len(asked) > 1:
             found = series.compress(
-                opened.model, opened.example, targets[0], task, asked, folder, entries, watch, resume
+                opened.model, opened.example, targets[0], task, asked, folder, entries, watch, resume, interval
             )
             _series(found, as_json)
             return
         also = [Also(t, b) for t, b in zip(targets[1:], request.levels[0][1:], strict=True)]
         outcome = pipeline.compress(
-            opened.model, opened.example, targets[0], task, asked[0], folder, entries, watch, resume, also
+            opened.model,
+            opened.example,
+            targets[0],
+            task,
+            asked[0],
+            folder,
+            entries,
+            watch,
+            resume,
+            also,
+            interval=interval,
         )
     show.finished(outcome, report.write(outcome.run), as_json)
 

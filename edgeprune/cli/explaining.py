@@ -123,7 +123,8 @@ def _inside(found: Explanation) -> list[str]:
     """Where the runtime itself says the time goes: what it has fused, reordered or added shows here only."""
     times, whole_ms = found.operators.times, found.operators.whole_ms
     if not times:
-        return [f"no times of the runtime's own operators: {found.operators.why}"] if found.operators.why else []
+        why = found.operators.why
+        return [f"reformats and fallbacks are not listed, nor the runtime's own operators: {why}"] if why else []
     spent: dict[str, float] = {}
     for name, ms in times:
         spent[name] = spent.get(name, 0.0) + ms
