@@ -401,6 +401,22 @@ class Pools(nn.Module):
         return self.fc(y.mean(1))
 
 
+@odd(randn(2, 4, 10))
+class Upsampled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv1d(4, 12, 3, padding=1)
+        self.up = nn.ConvTranspose1d(12, 8, 4, 2, padding=1, output_padding=1)
+        self.norm = nn.BatchNorm1d(8)
+        self.each = nn.ConvTranspose1d(8, 8, 2, 2, groups=8)
+        self.some = nn.ConvTranspose1d(8, 12, 3, groups=4)
+        self.fc = nn.Conv1d(12, 5, 1)
+
+    def forward(self, x):
+        x = self.each(F.relu(self.norm(self.up(F.relu(self.a(x))))))
+        return self.fc(F.relu(self.some(x)))
+
+
 @odd(randn(2, 3, 8, 8))
 class Unpool(nn.Module):
     def __init__(self):

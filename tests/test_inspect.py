@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
+import small
 import torch
 from nets import Decides, FusedAttention, OptionA, image
 from torch import Tensor, nn
 
-from edgeprune import inspection
+from edgeprune import cli, inspection
 from edgeprune.cli import tree
 
 
@@ -69,3 +73,57 @@ def test_the_json_holds_every_group_and_counts_parameters_once() -> None:
     assert [g["id"] for g in found["groups"]][:2] == ["stem.0", "blocks.0.conv1"]
     assert found["max_deviation"] is None
     assert found["seconds"] > 0
+
+
+# ---- the command ---------------------------------------------------------------------------------------------
+
+
+def test_what_is_frozen_by_name_stays_and_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small.make(folder)
+    assert cli.run(["inspect", "--json"]) == 0
+    free = json.loads(capsys.readouterr().out)
+    assert cli.run(["inspect", "--frozen", "a.0", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [g["id"] for g in free["groups"]] == ["stem.0", "a.0", "b.0"]
+    assert [g["id"] for g in found["groups"]] == ["b.0"]  # a.0 reads what stem.0 and a.3 make
+    assert [b["id"] for b in free["blocks"]] == [""]
+    assert not found["blocks"]
+    [asked] = [f for f in found["frozen"] if "by request" in f["reason"]]
+    assert asked["reason"] == "frozen by request (a.0)"
+    assert "a.0.weight" in asked["tensors"]
+    assert cli.run(["inspect", "--frozen", "c"]) == 2
+    assert "--frozen c: no module of that name has parameters; there are a.0, a.1" in capsys.readouterr().err
+
+
+NOISY = """
+from torch import nn
+from torch.nn import functional as F
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.fc = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.fc(F.dropout(self.a(x), 0.5, training=NOISE))  # left on in evaluation, as for uncertainty
+
+
+def build():
+    return Noisy()
+"""
+
+
+@pytest.mark.parametrize(("noise", "status"), [("True", 1), ("self.training", 0)])
+def test_a_network_that_does_not_answer_as_the_masked_one_ends_a_check_with_1(
+    noise: str, status: int, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("model.py").write_text(NOISY.replace("NOISE", noise))
+    assert cli.run(["inspect", "model.py:build", "--input", "2x6", "--check", "--json"]) == status
+    out, err = capsys.readouterr()
+    deviation = json.loads(out)["max_deviation"]
+    if status:
+        assert deviation > 1e-5
+        assert f"changes the output by {deviation:.2g} of its largest value; freeze it with --frozen" in err
+    else:
+        assert deviation < 1e-12

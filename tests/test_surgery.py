@@ -291,6 +291,41 @@ def test_a_mask_over_the_data_freezes_what_it_selects_from() -> None:
     assert [g.id for g in graph.groups] == ["a"]
 
 
+class SelectsAfter(nn.Module):
+    """As many rows as its data decides, perhaps after a size that is written into the forward."""
+
+    def __init__(self, written: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+        self.written = written
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        x = self.b(x.view(-1, 8) if self.written else x.flatten(0, -2))
+        return self.fc(x[x[:, 0] > 0])
+
+
+def test_a_network_that_selects_by_its_data_keeps_its_class_and_selects_anew() -> None:
+    torch.manual_seed(0)
+    model, x = SelectsAfter(written=False).eval(), image(2, 7, 6)
+    graph = trace(model, x)
+    keep: Keep = {"a": (0, 1)}
+    cut = surgery.cut(model, graph, keep).eval()
+    assert type(cut) is SelectsAfter
+    masked = proof.outputs(surgery.mask(model, graph, keep), x)
+    assert len(masked[0]) != len(model(x))  # the cut decides on other numbers
+    assert proof.difference(masked, proof.outputs(cut, x)) < 1e-6
+
+
+def test_a_recording_of_a_network_that_selects_by_its_data_does_not_stand_in_for_it() -> None:
+    model = SelectsAfter(written=True).eval()
+    graph = trace(model, image(2, 7, 6))
+    with pytest.raises(
+        TraceError, match=r"how many values SelectsAfter goes on with is decided by its data, at the op"
+    ):
+        surgery.cut(model, graph, {"a": (0, 1)})
+
+
 def test_forwards_that_need_more_than_tensors_are_told_to_be_wrapped() -> None:
     class Needs(nn.Module):
         def __init__(self) -> None:

@@ -16,7 +16,7 @@ from ..graph.record import undisturbed
 from ..graph.recording import Op, Ref
 from ..graph.rules import has_rule, name_of
 from ..graph.run import signature
-from .rewrite import Rewriter, alike
+from .rewrite import Rewriter, alike, selects
 
 SHAPES_TELL = ("split", "split_with_sizes", "chunk", "unsafe_chunk", "unsafe_split", "new_zeros", "zeros")
 
@@ -58,6 +58,7 @@ class _Follower(TorchDispatchMode):
         self._free = decision is not None
         self._expected = rewriter.recording.ops[:decision]
         self._at = 0
+        self._counted: set[int] = set()  # values of which there are as many as the data decides
 
     @property
     def arrived(self) -> bool:
@@ -75,9 +76,10 @@ class _Follower(TorchDispatchMode):
         dense = self._expected[self._at] if not self.arrived else None
         if dense is None and self._free:
             return func(*args, **kwargs)
-        if dense is None or func is not dense.func or not _same_arguments(args, kwargs, dense, self._rewriter):
+        if dense is None or func is not dense.func or not self._reads(args, dense.args):
             raise _Astray(func)
-        if not self._reads(args, dense.args):
+        counted = any(ref.value in self._counted for ref in dense.refs)
+        if not counted and not _same_arguments(args, kwargs, dense, self._rewriter):
             raise _Astray(func)
         values = self._rewriter.recording.values
         if self._dataless is None:
@@ -86,11 +88,19 @@ class _Follower(TorchDispatchMode):
             from_input = any(values[ref.value].from_input for ref in dense.refs)
             result = self._dataless.call(func, args, kwargs, from_input)
         leaves = [result] if isinstance(result, Tensor) else tree_leaves(result)
+        counted = counted or selects(self._rewriter.recording, dense)
         for leaf, number in zip(leaves, dense.outputs, strict=True):
-            if number >= 0 and leaf.shape != self._rewriter.shape(number):
+            if counted and self._untouched(dense, number):
+                self._counted.add(number)
+            elif number >= 0 and leaf.shape != self._rewriter.shape(number):
                 raise _Astray(func)
         self._at += 1
         return result
+
+    def _untouched(self, dense: Op, number: int) -> bool:
+        """Does the cut leave an operator and its result alone? Then the data may decide how many values there are."""
+        same = number < 0 or self._rewriter.shape(number) == self._rewriter.recording.values[number].shape
+        return same and self._rewriter.changed(dense) is None
 
     def _reads(self, given: Sequence[Any], expected: Sequence[Any]) -> bool:
         """Are the parameters and buffers among the arguments those of the recorded names?"""

@@ -26,7 +26,7 @@ from ..graph.rules import name_of
 from ..graph.run import arguments
 from ..records import Block
 from . import origin
-from .rewrite import Arguments, Rewriter, numbers_in
+from .rewrite import Arguments, Rewriter, numbers_in, selects
 
 aten = torch.ops.aten
 SPLITS = ("split", "split_with_sizes", "chunk", "unsafe_chunk", "unsafe_split")
@@ -249,6 +249,8 @@ class _Builder:
         name = name_of(op.func)
         if at in self.recording.reads:
             raise TraceError(_decides(type(self.root).__name__, self.recording.reads[at]))
+        if selects(self.recording, op):
+            raise TraceError(_counts(type(self.root).__name__, name, op.module))
         if at in self.shortcuts:
             self.nodes[op.outputs[0]] = self._node(self.shortcuts[at])
         elif name in ("dropout", "feature_dropout"):
@@ -334,6 +336,15 @@ def _decides(name: str, line: str) -> str:
         f"{name} has sizes written into its forward, so that only its recorded operators can be cut, and it decides on "
         f"the data at {line}, which recorded operators cannot. Freeze the channels before that line with --frozen "
         "MODULE, or move the decision out, into a wrapper around the network."
+    )
+
+
+def _counts(name: str, operator_name: str, module: str) -> str:
+    return (
+        f"how many values {name} goes on with is decided by its data, at the operator {operator_name}"
+        f"{f' in {module}' if module else ''}: its forward does not follow the cut as it is, and its recorded "
+        "operators hold the sizes of one input. Move that part out, into a wrapper around the network, or freeze the "
+        "channels before it with --frozen MODULE."
     )
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..graph import ModelGraph
-from ..graph.recording import Op
+from ..graph.recording import Op, Recording
 from ..graph.rules import name_of
 from ..graph.run import arguments, signature
 from ..records import Keep
@@ -19,6 +19,10 @@ from ..records import Keep
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 NUMBERS = frozenset([bool, int, float, str])
 SEQUENCES = frozenset([tuple, list])
+SELECTING = (
+    "index", "masked_select", "nonzero", "nonzero_numpy", "unique_dim", "unique_consecutive", "_unique", "_unique2",
+    "nms",
+)  # fmt: skip
 COMPARED = NUMBERS | SEQUENCES | {dict}
 
 
@@ -111,6 +115,14 @@ class Rewriter:
             rest = [n if i not in (at, at + 1) else 0 for i, n in enumerate(amounts)]
             return axis, source[want].tolist(), int(have.sum()), rest
         return None
+
+
+def selects(recording: Recording, op: Op) -> bool:
+    """Does the data decide how many values come out?"""
+    name, values = name_of(op.func), [recording.values[ref.value] for ref in op.refs]
+    if name == "index":  # by a mask
+        values = [value for value in values[1:] if value.dtype in (torch.bool, torch.uint8)]
+    return name in SELECTING and any(value.from_input for value in values)
 
 
 def alike(given: Any, expected: Any) -> bool:
