@@ -172,7 +172,14 @@ class FinetuneSection(Section):
     )
 
 
-class MagnitudeSection(Section):
+class Workers(Section):
+    """Who judges cut networks. What is found does not depend on it, so it is no part of what a run was asked for."""
+
+    workers: PositiveInt = Field(1, exclude=True, description="processes; more than one, or --ray, needs Ray")
+    ray: str = Field("", exclude=True, description="address of a Ray cluster; auto: the one on this machine")
+
+
+class MagnitudeSection(Workers):
     """[magnitude]: single weights are pruned and the rest retrained; what each group has left shapes its width."""
 
     ratio: Annotated[float, Field(gt=1)] = Field(4.0, description="weights before over weights after")
@@ -225,14 +232,12 @@ class GeneticSection(Section):
     pressure: float = Field(100.0, ge=0, description="of the score: weight of what latency is saved")
 
 
-class SearchSection(Section):
+class SearchSection(Workers):
     """[search]: for strategies that try candidates: rl, genetic, random-search."""
 
     evaluations: PositiveInt = Field(300, description="different networks that are cut and judged, over all steps")
     images: PositiveInt = Field(1000, description="of the search split, that each is judged on")
     by: Literal["loss", "accuracy"] = Field("loss", description="which of two candidates is the better one")
-    workers: PositiveInt = Field(1, exclude=True, description="processes; more than one, or --ray, needs Ray")
-    ray: str = Field("", exclude=True, description="address of a Ray cluster; auto: the one on this machine")
     rl: RLSection = Field(default_factory=RLSection)  # type: ignore[arg-type]
     genetic: GeneticSection = Field(default_factory=GeneticSection)  # type: ignore[arg-type]
 

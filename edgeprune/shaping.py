@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,7 +24,8 @@ from .limits import Limit
 from .magnitude import Masks
 from .magnitude.dead import dead
 from .records import ChannelGroup, Keep
-from .search import Subject
+from .search import Subject, workers
+from .task import Task
 from .watch import Watch
 
 NAMES = ("magnitude", "soft")
@@ -70,16 +71,18 @@ def by_magnitude(subject: Subject, settings: MagnitudeSection, watch: Watch) -> 
         content = run.read("magnitude.json", MAGNITUDE)
         return Shape(content["shares"], {g: np.array(s) for g, s in content["scores"].items()})
 
-    def evaluate(model: nn.Module) -> float:
-        return -subject.task.judge(model, settings.images).loss
+    def answers(alone: magnitude.Alone, tried: Sequence[magnitude.Tried]) -> Iterator[tuple[int, tuple[float, float]]]:
+        with workers.answering(alone, settings) as found:
+            yield from found(tried)
 
     def retrain(model: nn.Module, number: int) -> None:
         subject.task.train(model, subject.dense, False, run.path(f"magnitude-{number}"), None)
 
     with watch.stage("prune weights by magnitude, and retrain") as progress:
         pruned = magnitude.prune(
-            subject.student, subject.graph.example, settings.ratio, evaluate, retrain, settings.rounds,
-            settings.l1, progress,
+            subject.student, subject.graph.example, settings.ratio,
+            functools.partial(_worth, subject.task, settings.images), retrain, settings.rounds, settings.l1, progress,
+            answers=answers,
         )  # fmt: skip
     groups = surgery.narrow_groups(subject.graph, subject.keep)
     left = connections(pruned.model, groups, pruned.masks)
@@ -90,6 +93,11 @@ def by_magnitude(subject: Subject, settings: MagnitudeSection, watch: Watch) -> 
     content = {"rounds": pruned.rounds, "dead": gone, "shares": shape.shares, "scores": scores}
     run.write("magnitude.json", MAGNITUDE, content)
     return shape
+
+
+def _worth(task: Task, images: int, model: nn.Module) -> float:
+    """On images that may guide choices; it travels to the scan's workers."""
+    return -task.judge(model, images).loss
 
 
 def connections(model: nn.Module, groups: Sequence[ChannelGroup], masks: Masks) -> dict[str, np.ndarray]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +16,15 @@ from test_allocate import Residual, made_up
 from test_magnitude import digits, mlp
 from torch import Tensor, nn
 
-from edgeprune import allocators, importance, magnitude, metrics, shaping
+import edgeprune
+from edgeprune import allocators, importance, magnitude, metrics, project, shaping
 from edgeprune.allocate import Costs
 from edgeprune.config import MagnitudeSection, SoftSection
 from edgeprune.errors import UsageError
 from edgeprune.finetune import Settings
 from edgeprune.graph import ModelGraph, trace
 from edgeprune.magnitude import masks
+from edgeprune.records import Evaluation
 from edgeprune.runs import Run
 from edgeprune.search import Subject
 from edgeprune.task import Callables, Classification
@@ -116,6 +120,51 @@ def test_what_magnitude_found_is_read_back_and_not_found_again(
     assert all(np.array_equal(again.scores[g], s) for g, s in first.scores.items())
 
 
+@pytest.mark.slow
+def test_the_scan_by_two_workers_is_that_of_one_process(
+    trained: tuple[nn.Module, ModelGraph, Costs], tmp_path: Path
+) -> None:
+    """Each round's scan goes to workers, from networks that were trained here in between."""
+    found = []
+    for workers in (1, 2):
+        settings = LITTLE.model_copy(update={"workers": workers, "rounds": 2})
+        shaping.by_magnitude(subject(trained, tmp_path / str(workers)), settings, Silent())
+        found.append(json.loads((tmp_path / str(workers) / "magnitude.json").read_text()))
+    assert len(found[0]["rounds"]) == 2
+    assert found[0] == found[1]
+
+
+class Noting(Classification):
+    """Says in a folder which processes judge."""
+
+    folder = Path()
+
+    def judge(self, model: nn.Module, images: int) -> Evaluation:
+        (self.folder / f"judged-{os.getpid()}").touch()
+        return super().judge(model, images)
+
+
+@pytest.mark.slow
+def test_every_threshold_of_the_scan_is_judged_by_the_workers_and_an_error_there_is_the_users(
+    trained: tuple[nn.Module, ModelGraph, Costs], tmp_path: Path
+) -> None:
+    found = subject(trained, tmp_path)
+    task = Noting(Digits(0), Digits(1), Digits(2), SETTINGS, 1, 1)
+    task.folder = tmp_path
+    settings = LITTLE.model_copy(update={"workers": 2})
+    shaping.by_magnitude(replace(found, task=task), settings, Silent())
+    pids = {int(path.name.partition("-")[2]) for path in tmp_path.glob("judged-*")}
+    assert len(pids - {os.getpid()}) == 2
+
+    def broken(model: nn.Module) -> float:
+        raise ZeroDivisionError("no images of class 3")
+
+    with pytest.raises(ZeroDivisionError, match="no images of class 3"):
+        shaping.by_magnitude(
+            replace(found, task=Callables(evaluate=broken), run=Run(tmp_path / "broken")), settings, Silent()
+        )
+
+
 # ---- soft ----------------------------------------------------------------------------------------------------
 
 
@@ -185,3 +234,56 @@ def test_a_run_with_magnitude_meets_the_measured_budget(tmp_path: Path) -> None:
     widths = run.read("step-1/plan.json", "edgeprune.step/1")["chosen"]["plan"]["widths"]
     assert shares.keys() == widths.keys()
     assert "dead of" in err
+
+
+CODER = """
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(1, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
+                                     nn.Conv2d(64, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU())
+        self.head = nn.Sequential(nn.Conv2d(24, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
+                                  nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+    def forward(self, x):
+        return self.head(self.encoder(x))
+
+
+def build():
+    return Net()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isolate", [True, False])
+def test_what_passes_between_components_of_the_cut_network_has_the_dense_shape_only_when_they_are_isolated(
+    tmp_path: Path, isolate: bool
+) -> None:
+    path = small.make(tmp_path, small.QUICK)
+    (tmp_path / "model.py").write_text(CODER)
+    settings = ("compress.steps=1", "soft.steps=50", "soft.images=100", f"soft.isolate={str(isolate).lower()}")
+    words = [word for setting in settings for word in ("--set", setting)]
+    process = small.command("compress", "--strategy", "soft", "--epochs", "0", *words, cwd=tmp_path)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode in (0, 1), err  # measured on a machine that may be busy
+    opened = project.read(path)
+    cut = edgeprune.load(tmp_path / "runs/001", opened.model)
+    dense, pruned = (shapes(module, opened.example) for module in (opened.model, cut))
+    assert dense == {"encoder": (1, 24, 8, 8), "head": (1, 10)}
+    assert (pruned == dense) is isolate
+    assert pruned["head"] == dense["head"]
+    for name in ("encoder.0", "head.0"):
+        assert cut.get_submodule(name).weight.shape[0] < 64  # type: ignore[union-attr, operator]
+
+
+def shapes(module: nn.Module, x: Tensor) -> dict[str, tuple[int, ...]]:
+    """What each component gives."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, part in module.eval().named_children():
+        part.register_forward_hook(lambda _, __, out, n=name: found.update({n: tuple(out.shape)}))
+    with torch.no_grad():
+        module(x)
+    return found

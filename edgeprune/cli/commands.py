@@ -172,7 +172,9 @@ def compress(
     importance: Annotated[str | None, typer.Option(help="sp-lamp, sp-lamp-log, l1, l2, taylor or random")] = None,
     steps: Annotated[int | None, typer.Option(help="of the budget schedule")] = None,
     epochs: Annotated[int | None, typer.Option(help="of fine-tuning at the end")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="processes that judge a search's candidates")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="processes that judge a search's candidates, or magnitude's scan")
+    ] = None,
     ray: Annotated[str | None, typer.Option(help="address of a Ray cluster that judges them")] = None,
     power_mode: PowerMode = None,
     run: RunFolder = None,
@@ -191,8 +193,9 @@ def compress(
     extra = [f"compress.{key}={value}" for key, value in flags.items() if value is not None]
     extra += [f"compress.target='{target}'"] if target is not None else []
     extra += [f"finetune.epochs={epochs}"] if epochs is not None else []
-    extra += [f"search.workers={workers}"] if workers is not None else []
-    extra += [f"search.ray='{ray}'"] if ray is not None else []
+    for judging in ("search", "magnitude"):
+        extra += [f"{judging}.workers={workers}"] if workers is not None else []
+        extra += [f"{judging}.ray='{ray}'"] if ray is not None else []
     opened = _project(path, [*(overrides or ()), *extra, *_power(path, target, power_mode)])
     section = opened.config.compress
     if latency_ms is None and speedup is None:

@@ -11,7 +11,7 @@ judged. Of all thresholds that make the network as small as asked, those are tak
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,19 @@ from . import sparse
 from .dead import Removal, remove_dead
 from .masks import Masks, Qualities
 
-__all__ = ["Masks", "Pruned", "Removal", "Round", "Sensitivity", "choose", "prune", "remove_dead", "scan", "sparse"]
+__all__ = [
+    "Alone",
+    "Masks",
+    "Pruned",
+    "Removal",
+    "Round",
+    "Sensitivity",
+    "choose",
+    "prune",
+    "remove_dead",
+    "scan",
+    "sparse",
+]
 
 QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0)  # thresholds that the scan tries
 SETTLE = 40  # halvings until the network is as small as asked
@@ -35,6 +47,7 @@ FINE = 301  # thresholds between those of the scan
 Floats = NDArray[np.float64]
 Evaluate = Callable[[nn.Module], float]  # larger is better
 Retrain = Callable[[nn.Module, int], object]  # (network, round from 1), in place
+Tried = tuple[str, float]  # a layer's weight, and its threshold in standard deviations
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,33 @@ class Sensitivity:
     qualities: tuple[float, ...]  # thresholds in standard deviations, ascending
     kept: tuple[float, ...]  # share of the layer's weights that was left
     scores: tuple[float, ...]  # what `evaluate` said
+
+
+@dataclass(frozen=True, eq=False)
+class Alone:
+    """Prunes one layer of a network and judges it; the network is as before afterwards."""
+
+    model: nn.Module
+    masks: Masks  # what is left of it
+    evaluate: Evaluate
+
+    def __call__(self, tried: Tried) -> tuple[float, float]:
+        """The share of the layer's weights that is left, and what `evaluate` says."""
+        name, quality = tried
+        weight = self.model.get_parameter(name)
+        whole = weight.detach().clone()
+        left = masking.tighten(self.model, self.masks, {name: quality})[name]
+        weight.data = whole * left
+        try:
+            return float(left.float().mean()), self.evaluate(self.model)
+        finally:
+            weight.data = whole
+
+    def named(self, tried: Tried) -> str:
+        return f"{tried[0]} pruned at {tried[1]:g} standard deviations"
+
+
+Answers = Callable[[Alone, Sequence[Tried]], Iterator[tuple[int, tuple[float, float]]]]  # (position, answer), any order
 
 
 @dataclass(frozen=True)
@@ -77,6 +117,7 @@ def prune(
     l1: float = 0.0,
     progress: Progress | None = None,
     frozen: Sequence[str] = (),
+    answers: Answers | None = None,
 ) -> Pruned:
     """Prune to 1 / `ratio` of the weights, in `rounds` that each prune by the same factor and retrain.
 
@@ -95,6 +136,7 @@ def prune(
         progress: told (rounds done, of).
         frozen: module paths that are neither pruned nor trained, and do not count: the paper prunes linear layers while
             convolutions are frozen, and then convolutions while those are.
+        answers: who judges in the scan, see there.
     Raises:
         UsageError: nothing to prune, a ratio of 1 or less, no rounds, or a ratio that leaves a layer without a weight.
     """
@@ -111,7 +153,7 @@ def prune(
     rates = {name: float(model.get_submodule(name).p) for name in readers}  # type: ignore[arg-type]
     done: list[Round] = []
     for number in range(1, rounds + 1):
-        found = scan(model, masks, evaluate)
+        found = scan(model, masks, evaluate, answers=answers)
         qualities = choose(model, masks, found, total / ratio ** (number / rounds))
         masks = masking.tighten(model, masks, qualities)
         masking.apply(model, masks)
@@ -127,7 +169,11 @@ def prune(
 
 
 def scan(
-    model: nn.Module, masks: Masks, evaluate: Evaluate, qualities: Sequence[float] = QUALITIES
+    model: nn.Module,
+    masks: Masks,
+    evaluate: Evaluate,
+    qualities: Sequence[float] = QUALITIES,
+    answers: Answers | None = None,
 ) -> dict[str, Sensitivity]:
     """Prune each layer alone, at every threshold, and judge the network.
 
@@ -136,20 +182,19 @@ def scan(
         masks: what is left of it.
         evaluate: larger is better.
         qualities: thresholds in standard deviations, ascending.
+        answers: who judges, in any order: default this process, one after the other.
     """
-    found = {}
-    for name in masks:
-        weight = model.get_parameter(name)
-        whole, kept, scores = weight.detach().clone(), [], []
-        for quality in qualities:
-            tried = masking.tighten(model, masks, {name: quality})[name]
-            weight.data = whole * tried
-            kept.append(float(tried.float().mean()))
-            scores.append(evaluate(model))
-            weight.data = whole.clone()
-        weight.data = whole
-        found[name] = Sensitivity(tuple(qualities), tuple(kept), tuple(scores))
-    return found
+    tried = [(name, quality) for name in masks for quality in qualities]
+    found = dict((answers or _in_turn)(Alone(model, masks, evaluate), tried))
+    layers = {}
+    for name, first in zip(masks, range(0, len(tried), len(qualities)), strict=True):
+        kept, scores = zip(*(found[first + at] for at in range(len(qualities))), strict=True)
+        layers[name] = Sensitivity(tuple(qualities), kept, scores)
+    return layers
+
+
+def _in_turn(alone: Alone, tried: Sequence[Tried]) -> Iterator[tuple[int, tuple[float, float]]]:
+    return ((at, alone(one)) for at, one in enumerate(tried))
 
 
 def choose(model: nn.Module, masks: Masks, found: Mapping[str, Sensitivity], left: float) -> dict[str, float]:
