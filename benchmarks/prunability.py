@@ -29,6 +29,7 @@ import gc
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import statistics
@@ -47,6 +48,12 @@ WALL_S = 1200.0
 TOLERANCE = 1e-5
 RESULT = "prunability"
 SECONDS = "prunability-seconds"
+SHORTER = (
+    ("the network's output", "output"),
+    ("reads the network's input", "input"),
+    ("positions that cannot be removed", "what stays"),
+    ("varies inside heads or groups that are only cut whole", "inside heads or groups"),
+)
 
 
 def main() -> None:
@@ -278,8 +285,8 @@ def misses(networks: dict[str, Any]) -> str:
 
 def everything(networks: dict[str, Any]) -> str:
     header = (
-        "network", "M params", "pass", "deviation", "prunable", "groups (inexact)", "one by one", "trace + cut, s",
-        "Torch-Pruning", "its s",
+        "network", "M params", "pass", "deviation", "prunable", "slices that stay", "groups (inexact)", "one by one",
+        "trace + cut, s", "Torch-Pruning", "its s",
     )  # fmt: skip
     return record.table(header, [_full(name, row) for name, row in networks.items()])
 
@@ -288,15 +295,26 @@ def _full(name: str, row: dict[str, Any]) -> list[str]:
     found, theirs = row.get("edgeprune", {}), row.get("torch-pruning", {})
     took, tp_took = seconds(row), theirs_s(row) if "seconds" in theirs else None
     if "deviation" not in found:
-        cells = ["-", found.get("outcome", "-"), "-", "-", "-", "-"]
+        cells = ["-", found.get("outcome", "-"), "-", "-", "-", "-", "-"]
     else:
         cells = [
             f"{found['params'] / 1e6:.1f}", "yes" if passes(row) else "NO", f"{found['deviation']:.0e}",
-            f"{found['prunable']:.1%}", f"{found['groups']} ({found['inexact_groups']})",
+            f"{found['prunable']:.1%}", _stays(found["frozen"]), f"{found['groups']} ({found['inexact_groups']})",
             f"{found['checked']} of {found['exact']}",
         ]  # fmt: skip
     ending = [theirs.get("outcome", "-"), "-" if tp_took is None else f"{tp_took:.3f}"]
     return [name, *cells, "-" if took is None else f"{took:.3f}", *ending]
+
+
+def _stays(frozen: Sequence[tuple[int, str]]) -> str:
+    """How many slices of parameters have to stay, for each reason in few words."""
+    return ", ".join(f"{count:,} {_short(reason)}" for count, reason in frozen) or "none"
+
+
+def _short(reason: str) -> str:
+    for words, fewer in SHORTER:
+        reason = reason.replace(words, fewer)
+    return re.split(r": | \(| at |, and", reason)[0]
 
 
 if __name__ == "__main__":
