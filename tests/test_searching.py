@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import small
 import torch
+from safetensors.torch import load_file
 from test_allocate import Residual, made_up
 from torch import Tensor, nn
 
-from edgeprune import cli, search
+from edgeprune import cli, project, runs, search, surgery
 from edgeprune.config import SearchSection
 from edgeprune.errors import RunError, UsageError, WorkerError
+from edgeprune.graph import trace
+from edgeprune.project import Project
 from edgeprune.records import Evaluation
 from edgeprune.runs import Run
 from edgeprune.search import Candidate, Space, Subject
@@ -141,6 +146,84 @@ def test_workers_find_what_one_process_finds_though_one_dies(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", search.NAMES)
+def test_two_workers_judge_the_same_networks_to_the_same_end_as_one_process(tmp_path: Path, strategy: str) -> None:
+    alone = found_in(tmp_path / "alone", strategy)
+    together = found_in(tmp_path / "together", strategy, workers=2)
+    assert (together.units, together.evaluation) == (alone.units, alone.evaluation)
+    assert sorted(judged(tmp_path / "together")) == sorted(judged(tmp_path / "alone"))
+    fronts = [tmp_path / name / "front.json" for name in ("alone", "together")]
+    assert [path.exists() for path in fronts] == [strategy == "genetic"] * 2
+    assert len({path.read_text() for path in fronts if path.exists()}) < 2
+
+
+class Elsewhere(Callables):
+    """Notes in a folder which processes judge."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(evaluate=brightness, batches=batches)
+        self.folder = folder
+
+    def judge(self, model: nn.Module, images: int) -> Evaluation:
+        (self.folder / f"judged-{os.getpid()}").touch()
+        return super().judge(model, images)
+
+
+@pytest.fixture
+def cluster() -> Iterator[str]:
+    """The address of a Ray cluster of two processors on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # a short path: Ray puts sockets below it
+        words = ("start", "--head", "--block", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats")
+        where = (f"--port={address.rpartition(':')[2]}", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}")
+        process = subprocess.Popen(
+            [str(Path(sys.executable).parent / "ray"), *words, *where],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "RAY_AUTH_MODE": "disabled"},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if "Ray runtime started" in line:
+                    break
+            assert process.poll() is None
+            yield address
+        finally:
+            process.terminate()  # it ends what it started
+            process.communicate(timeout=60)
+
+
+@pytest.mark.slow
+def test_a_cluster_that_runs_already_judges_the_same_and_is_left_as_it_was(tmp_path: Path, cluster: str) -> None:
+    alone = found_in(tmp_path / "alone")
+    for turn in ("first", "again"):  # the cluster is still there after the first search
+        (tmp_path / turn).mkdir()
+        joined = found_in(tmp_path / turn, task=Elsewhere(tmp_path / turn), workers=2, ray=cluster)
+        assert (joined.units, joined.evaluation) == (alone.units, alone.evaluation)
+        assert sorted(judged(tmp_path / turn)) == sorted(judged(tmp_path / "alone"))
+        pids = {int(path.name.partition("-")[2]) for path in (tmp_path / turn).glob("judged-*")}
+        assert len(pids) == 2
+        assert os.getpid() not in pids
+    small.make(tmp_path, small.QUICK)
+    arguments = ("compress", "--strategy", "rl", "--ray", cluster, "--set", "search.evaluations=14", *SHORT)
+    process = small.command(*arguments, "--json", cwd=tmp_path)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode in (0, 1), err  # measured on a machine that may be busy
+    assert json.loads(out)["report"]["speedup"] > 1.3
+    assert 2 <= len(judged(tmp_path / "runs/001/step-1")) <= 14
+
+
+def test_a_cluster_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(WorkerError, match=rf"no Ray cluster answers at {address} \(.*refused\): is it running"):
+        found_in(tmp_path, ray=address)
+
+
+@pytest.mark.slow
 def test_a_candidate_that_kills_every_worker_and_an_error_of_the_users_are_told(tmp_path: Path) -> None:
     for number in range(9):
         (tmp_path / f"bullet-{number}").touch()
@@ -182,6 +265,46 @@ def test_compress_with_rl_is_killed_and_ends_as_if_it_had_not_been(tmp_path: Pat
     searched = [key for key, _ in judged(journal.parent)]
     assert len(set(searched)) == len(searched) <= 14
     assert set(plan["chosen"]["plan"]["widths"]) == set(json.loads(before.splitlines()[0])["groups"])
+
+
+@pytest.mark.slow
+def test_rl_in_two_steps_shares_its_evaluations_and_distils_between_them(tmp_path: Path) -> None:
+    """Only the dense network's answers are learnt from, no labels: after the first step the cut one is nearer to it."""
+    small.trained(small.make(tmp_path, small.QUICK))
+    settings = ("compress.steps=2", "search.evaluations=28", "search.images=200", "search.rl.lookahead=2")
+    settings = (*settings, "search.rl.samples=4", "finetune.distillation=1.0", "finetune.temperature=1.0")
+    words = [word for setting in settings for word in ("--set", setting)]
+    process = small.command("compress", "--strategy", "rl", "--json", *words, cwd=tmp_path)
+    out, err = process.communicate(timeout=900)
+    assert process.returncode in (0, 1), err  # measured on a machine that may be busy
+    assert json.loads(out)["report"]["speedup"] > 1.3
+    steps = [tmp_path / f"runs/001/step-{number}" for number in (1, 2)]
+    first, second = (json.loads((step / "plan.json").read_text()) for step in steps)
+    assert first["budget_ms"] > second["budget_ms"]
+    widths = first["chosen"]["plan"]["widths"]
+    groups = json.loads((steps[1] / search.JOURNAL).read_text().splitlines()[0])["groups"]
+    for step in steps:
+        keys = [key for key, _ in judged(step)]
+        assert len(set(map(tuple, keys))) == len(keys)
+        assert 10 <= len(keys) <= 14
+    for key, _ in judged(steps[1]):  # the second step chooses from what the first one left
+        assert all(n <= widths[g] for g, n in zip(groups, key, strict=True))
+    assert [len(json.loads((step / "epochs.json").read_text())["epochs"]) for step in steps] == [1, 2]
+    opened = project.read(tmp_path / "edgeprune.toml")
+    graph, keep = trace(opened.model, opened.example), runs.keep_of(first["chosen"]["keep"])
+    cut = surgery.cut(opened.model, graph, keep)
+    opened.task().adapt(cut)
+    before = apart(cut, opened)
+    cut.load_state_dict(load_file(steps[0] / "weights.safetensors"))
+    assert apart(cut, opened) < 0.7 * before
+
+
+@torch.no_grad()
+def apart(model: nn.Module, opened: Project) -> float:
+    """KL divergence from the dense network, on images that nobody looked at."""
+    x = torch.cat([x for x, _ in opened.data.final.batches(64)])
+    found, wanted = (net.eval()(x).log_softmax(1) for net in (model, opened.model))
+    return float(nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -15,18 +16,20 @@ import torch
 from test_allocate import Residual, made_up
 from test_magnitude import digits, mlp
 from torch import Tensor, nn
+from weighed import Weighed
 
-import edgeprune
-from edgeprune import allocators, importance, magnitude, metrics, project, shaping
+from edgeprune import allocators, api, importance, magnitude, metrics, pipeline, project, shaping
 from edgeprune.allocate import Costs
 from edgeprune.config import MagnitudeSection, SoftSection
 from edgeprune.errors import UsageError
 from edgeprune.finetune import Settings
 from edgeprune.graph import ModelGraph, trace
 from edgeprune.magnitude import masks
-from edgeprune.records import Evaluation
+from edgeprune.records import Budget, Evaluation
 from edgeprune.runs import Run
 from edgeprune.search import Subject
+from edgeprune.store import Store
+from edgeprune.target import open_target
 from edgeprune.task import Callables, Classification
 from edgeprune.watch import Silent
 
@@ -264,19 +267,22 @@ def test_what_passes_between_components_of_the_cut_network_has_the_dense_shape_o
 ) -> None:
     path = small.make(tmp_path, small.QUICK)
     (tmp_path / "model.py").write_text(CODER)
-    settings = ("compress.steps=1", "soft.steps=50", "soft.images=100", f"soft.isolate={str(isolate).lower()}")
-    words = [word for setting in settings for word in ("--set", setting)]
-    process = small.command("compress", "--strategy", "soft", "--epochs", "0", *words, cwd=tmp_path)
-    _, err = process.communicate(timeout=600)
-    assert process.returncode in (0, 1), err  # measured on a machine that may be busy
-    opened = project.read(path)
-    cut = edgeprune.load(tmp_path / "runs/001", opened.model)
-    dense, pruned = (shapes(module, opened.example) for module in (opened.model, cut))
+    settings = ("compress.strategy=soft", "compress.steps=1", "soft.steps=50", "soft.images=100", "finetune.epochs=0")
+    opened = project.read(path, [*settings, f"soft.isolate={str(isolate).lower()}"])
+    sections = opened.config.search, opened.config.magnitude, opened.config.soft
+    asked = api.asked(opened.config.compress, Budget(None, 1.6), *sections)
+    entries = Store(tmp_path / "latency.sqlite")
+    with contextlib.closing(open_target("cpu", {})) as target:
+        found = pipeline.compress(
+            opened.model, opened.example, Weighed(target), opened.task(), asked, Run(tmp_path / "run"), entries
+        )
+    dense, pruned = (shapes(module, opened.example) for module in (opened.model, found.model))
     assert dense == {"encoder": (1, 24, 8, 8), "head": (1, 10)}
     assert (pruned == dense) is isolate
     assert pruned["head"] == dense["head"]
     for name in ("encoder.0", "head.0"):
-        assert cut.get_submodule(name).weight.shape[0] < 64  # type: ignore[union-attr, operator]
+        assert found.model.get_submodule(name).weight.shape[0] < 64  # type: ignore[union-attr, operator]
+    assert found.report.speedup >= 1.6
 
 
 def shapes(module: nn.Module, x: Tensor) -> dict[str, tuple[int, ...]]:

@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import math
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from .subject import Subject, one_thread
 from .trying import Judges
 
 RETRIES = 3  # a question that kills this many workers is at fault itself
+KNOCK_S = 10.0  # until a cluster's address counts as silent
 Question = TypeVar("Question")
 Answer = TypeVar("Answer")
 Asked = TypeVar("Asked", contravariant=True)
@@ -85,6 +87,7 @@ class _Judge:
 @contextmanager
 def _cluster(settings: Workers) -> Iterator[Any]:
     """A Ray that was running is joined and left as it is; one of our own ends with the search."""
+    _knock(settings.ray)
     # without it, Ray warns that a later release will treat processes without a GPU differently
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
@@ -109,6 +112,19 @@ def _cluster(settings: Workers) -> Iterator[Any]:
     finally:
         if not joined:
             ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Ray itself tries for minutes where nobody listens."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        return  # no address, auto, or a protocol of Ray's
+    try:
+        socket.create_connection((host, int(port)), KNOCK_S).close()
+    except OSError as error:
+        raise WorkerError(
+            f"no Ray cluster answers at {address} ({error}): is it running? `ray start --head` begins one"
+        ) from error
 
 
 class _Pool:
