@@ -11,10 +11,12 @@ import pytest
 import small
 import torch
 from nets import NETS, Auxiliary, OptionA, image
+from test_allocate import Residual, made_up
 from torch import Tensor, nn
 
 import edgeprune
-from edgeprune import api, cli, importance, pipeline, project, proof, runs, surgery, verify
+from edgeprune import allocate, api, cli, importance, pipeline, project, proof, runs, shaping, surgery, verify
+from edgeprune.config import SoftSection
 from edgeprune.errors import SurgeryError
 from edgeprune.finetune import load_state
 from edgeprune.graph import ModelGraph, trace
@@ -109,6 +111,18 @@ def test_a_search_goes_on_from_a_network_without_a_block(tmp_path: Path) -> None
     found = proof.outputs(subject.cut(units).eval(), x)
     expected = surgery.mask(trained, graph, importance.best(scores, units))
     assert proof.difference(proof.outputs(expected, x), found) < 1e-12
+
+
+def test_shares_by_gradient_are_found_for_the_layers_that_are_left(tmp_path: Path) -> None:
+    net = Residual()
+    graph, costs, scores = made_up(net, choices=4, blocks=True)
+    units = {**costs.dense, "one": 0}
+    keep: Keep = {"one": ()}
+    subject = Subject(net, graph, surgery.cut(net, graph, keep), keep, scores, Callables(), Run(tmp_path))
+    gates, goal, most = shaping.prepared(subject, allocate.at_most(costs, units), 1.0, SoftSection())
+    assert set(gates.ranks) == set(most) == set(costs.dense) - {"one"}
+    kept = {g: torch.tensor(float(n), dtype=torch.float64) for g, n in units.items() if n}
+    assert float(goal.amount(kept)) == pytest.approx(costs.predict_ms(units))
 
 
 # ---- networks of which only the recorded operators can be cut ------------------------------------------------
