@@ -448,6 +448,8 @@ def test_nsga2_never_loses_its_ends_nor_area_unless_its_front_outgrows_it_and_th
             before, largest = after, max(largest, areas[1])
         plans = front.of(trying.candidates)
         given = np.array([[1 - plan.accuracy, plan.predicted_ms] for plan in plans])
+        judged = np.array([[1 - c.evaluation.accuracy, c.predicted_ms] for c in trying.candidates])
+        assert front.hypervolume(given, corner) == pytest.approx(front.hypervolume(judged, corner), rel=1e-12)
         assert front.hypervolume(given, corner) >= largest * (1 - 1e-12)
         assert all(answer(plan.widths).accuracy == plan.accuracy for plan in plans)
     assert fitted > 5
