@@ -18,7 +18,7 @@ import record
 import strategies_tables as tables
 
 
-@pytest.mark.parametrize("share", [0.9, 0.5, 0.3])
+@pytest.mark.parametrize("share", [0.95, 0.9, 0.8, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3])
 def test_what_is_left_of_a_global_ranking_lies_above_one_threshold_and_the_next_lower_one_does_not_fit(
     share: float,
 ) -> None:
@@ -50,17 +50,10 @@ def test_the_table_of_places_counts_the_random_draws_below_and_seeds_above_the_b
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-
-    def write(arm: str, seed: int, before: float, after: float) -> None:
-        content = {"arm": arm, "share": 0.5, "seed": seed, "accuracy_bn": before, "accuracy": after}
-        path = tmp_path / tables.FOLDER / f"{tables.name(arm, 0.5, seed)}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(content), encoding="utf-8")
-
     for seed in range(20):  # 0, 1, ... 19 % before training, and 50 points more after it
-        write("random", seed, seed / 100, 0.5 + seed / 100)
+        write(tmp_path, "random", seed, seed / 100, 0.5 + seed / 100)
     for seed, after in enumerate((0.68, 0.672, 0.66)):  # the 90th percentile of the draws is 67.1 %
-        write("knapsack", seed, 0.03, after)
+        write(tmp_path, "knapsack", seed, 0.03, after)
     rows = [line.split(" | ") for line in tables.places().splitlines()]
     assert rows[2][2:] == ["1.9, 9.5, 17.1", "", "51.9, 59.5, 67.1", " |"]
     assert rows[3][1:] == ["knapsack", "18", "0 of 3", "90", "2 of 3 |"]  # 17.5 %: three below, one equal; 18 of 20
@@ -68,4 +61,13 @@ def test_the_table_of_places_counts_the_random_draws_below_and_seeds_above_the_b
 
 def test_too_few_random_draws_are_not_called_a_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "RESULTS", tmp_path)
+    for seed in range(9):
+        write(tmp_path, "random", seed, 0.1, 0.2)
     assert tables.places() == ""
+
+
+def write(folder: Path, arm: str, seed: int, before: float, after: float) -> None:
+    content = {"arm": arm, "share": 0.5, "seed": seed, "accuracy_bn": before, "accuracy": after}
+    path = folder / tables.FOLDER / f"{tables.name(arm, 0.5, seed)}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
