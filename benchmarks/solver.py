@@ -3,6 +3,7 @@
     python benchmarks/solver.py figures      solve, with 16 widths a group, on measured latencies
     python benchmarks/solver.py figures --made-up --networks DenseNet-121     on latencies from a formula
     python benchmarks/solver.py compress     cut to 0.8, 0.6, 0.4 of the dense latency and to the floor, and measure
+    python benchmarks/solver.py steps        what the plans of each solver take as they come, without a second try
     python benchmarks/solver.py table        print what there is
 
 Every network is a result file of its own: what exists is not done again. OpenVINO f32 on one thread; weights are
@@ -48,7 +49,7 @@ FLOOR_ROOM = 1.02  # the budget at the floor: as measured first, or in as many s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("figures", "compress", "table"))
+    parser.add_argument("what", choices=("figures", "compress", "steps", "table"))
     parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS))
     parser.add_argument("--made-up", action="store_true", help="a staircase of 16 channels instead of measuring")
     asked = parser.parse_args()
@@ -59,6 +60,8 @@ def main() -> None:
         _each(asked.networks or SOLVED, "solver/figures", figures)
     elif asked.what == "compress":
         _each(asked.networks or tuple(NETWORKS), "solver/compress", compress)
+    elif asked.what == "steps":
+        _each(asked.networks or SOLVED, "solver/steps", steps)
     print_tables()
 
 
@@ -239,6 +242,34 @@ def compress(network: Network, target: Target) -> dict[str, Any]:
     }
 
 
+def steps(network: Network, target: Target) -> dict[str, Any]:
+    """Plans for the same budgets, each as its solver gives it, all timed in turn."""
+    module = network.build()
+    graph = trace(module, network.example())
+    costs, _ = costs_of(graph, target)
+    scores = importance.score(module, graph.groups)
+    folder = Path(tempfile.mkdtemp(prefix="edgeprune-solver-"))
+    try:
+        bench = Bench(module, graph, target, folder)
+        bench.patience_s = PATIENCE_S
+        start, costs = planning.preflight(bench, costs, scores, Run(folder), Silent(), seed=0)
+        plans: list[tuple[float, str, arms.Units]] = []
+        for share in SHARES:
+            budget = share * start.dense_ms
+            plans.append((share, "exact", allocate.solve(costs, scores, budget).widths))
+            plans += [(share, f"K={k}", arms.linearised(costs, scores, budget, k)) for k in STEPS]
+        measured = bench.time([importance.best(scores, units) for _, _, units in plans], settled=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    whole = arms.value_of(scores, costs.dense)
+    rows = [
+        {"share": share, "solver": name, "measured": ms / (share * start.dense_ms),
+         **_plan(costs, scores, units, share * start.dense_ms, whole)}
+        for (share, name, units), ms in zip(plans, measured, strict=True)
+    ]  # fmt: skip
+    return {"dense_ms": start.dense_ms, "noise": bench.noise, "error": bench.error, "rows": rows}
+
+
 # ---- tables --------------------------------------------------------------------------------------------------
 
 
@@ -256,6 +287,16 @@ def print_tables() -> None:
         losses = ["value lost: exact", *(f"linearised, K={k}" for k in STEPS), "greedy"]
         nominal = [f"latency / budget that K={k} takes for it" for k in STEPS]
         print(record.table(["network", "of dense latency", "CPU s", "gap", *losses, *nominal], rows), end="\n\n")
+    rows = []
+    for name in SOLVED:
+        found = record.load(f"solver/steps-{name}")
+        for share in SHARES if found else ():
+            at = {row["solver"]: row for row in found["rows"] if row["share"] == share}
+            rows.append([name, str(share), *(f"{row['measured'] - 1:+.1%}, {1 - row['value']:.2%}" for row in at.values())])
+    if rows:
+        solvers = ["exact", *(f"K={k}" for k in STEPS)]
+        head = ["network", "budget / dense", *(f"{name}: off, value lost" for name in solvers)]
+        print(record.table(head, rows), end="\n\n")
     rows = []
     for name in NETWORKS:
         found = record.load(f"solver/compress-{name}")
