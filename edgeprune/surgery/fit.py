@@ -13,7 +13,7 @@ from ..graph.rules import name_of
 from ..graph.run import signature
 from .rewrite import Rewriter
 
-LARGE_BYTES, BLOCK_BYTES = 1 << 24, 1 << 20  # new memory for what lies between would take longer than the copying
+LARGE_BYTES, BLOCK_BYTES = 1 << 20, 1 << 19  # new memory for what lies between would take longer than the copying
 # attribute <- axis of the weight of PyTorch's own layers; `groups`, `num_groups` come from the recorded operators
 SIZES = {"in_features": 1, "out_features": 0, "num_channels": 0, "num_parameters": 0, "embedding_dim": 1}
 
@@ -44,11 +44,14 @@ def _selected(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
         for axis, index in kept.items():
             tensor = tensor.index_select(axis, index if tensor.is_cpu else index.to(tensor.device))
         return tensor
-    rest = {axis: index for axis, index in kept.items() if axis}
+    *others, (last, last_index) = [(axis, index.to(tensor.device)) for axis, index in kept.items() if axis]
     shape = [len(kept[axis]) if axis in kept else size for axis, size in enumerate(tensor.shape)]
     selected, at = tensor.new_empty(shape), 0
-    for some in rows.split(max(1, BLOCK_BYTES // tensor[0].nbytes)):
-        selected[at : at + len(some)] = _selected(tensor.index_select(0, some.to(tensor.device)), rest)
+    for some in rows.to(tensor.device).split(max(1, BLOCK_BYTES // tensor[0].nbytes)):
+        part = tensor.index_select(0, some)
+        for axis, index in others:
+            part = part.index_select(axis, index)
+        torch.index_select(part, last, last_index, out=selected[at : at + len(some)])
         at += len(some)
     return selected
 
