@@ -69,7 +69,7 @@ class Trace:
         alive = np.ones(int(self.classes.max(initial=-1)) + 1, dtype=bool)
         for group, kept in keep.items():
             alive[self.units[group]] = False
-            alive[self.units[group][list(kept)]] = True
+            alive[self.units[group][np.fromiter(kept, np.int64, len(kept))]] = True
         return alive[self.classes]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..graph import ModelGraph
 from ..graph.recording import Op, Recording
 from ..graph.rules import name_of
-from ..graph.run import arguments, signature
+from ..graph.run import StateAxis, arguments, signature
 from ..records import Keep
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -39,9 +39,7 @@ class Rewriter:
         self._changes: dict[int, Arguments | None] = {}  # by the operator's id()
         self.positions: dict[tuple[str, int], Tensor] = {}  # (tensor, axis) -> indices kept, where some are not
         kept_of: dict[int, Tensor] = {}  # by the first of the ranges that are one
-        for axis in graph.trace.axes:
-            if self._count(axis.first, axis.size) == axis.size:
-                continue
+        for axis in _losing(graph.trace.axes, self._before):
             leader = self._unions.leader(self._unions.at(axis.first))
             if leader not in kept_of:
                 alive = self._alive[axis.first : axis.first + axis.size]
@@ -114,6 +112,13 @@ class Rewriter:
             rest = [n if i not in (at, at + 1) else 0 for i, n in enumerate(amounts)]
             return axis, source[want].tolist(), int(have.sum()), rest
         return None
+
+
+def _losing(axes: Sequence[StateAxis], before: NDArray[np.int64]) -> list[StateAxis]:
+    """The axes of which some slices go, by how many ids before each one stay."""
+    first, size = np.array([(axis.first, axis.size) for axis in axes]).T
+    loses = before[first + size] - before[first] < size
+    return [axis for axis, some in zip(axes, loses.tolist(), strict=True) if some]
 
 
 def selects(recording: Recording, op: Op) -> bool:
