@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,9 +18,11 @@ from strategies_tables import FOLDER, name
 
 from edgeprune import allocate, finetune, search
 from edgeprune.config import GeneticSection, SearchSection
+from edgeprune.finetune import Images
+from edgeprune.records import Evaluation
 from edgeprune.search import Candidate, Space, Subject, Trying, front, genetic, genotype, workers
-from edgeprune.search.front import Choice
 from edgeprune.search.journal import Journal, read
+from edgeprune.search.space import Units
 from edgeprune.watch import Silent
 
 if TYPE_CHECKING:
@@ -59,7 +61,13 @@ def _front(comparison: Comparison, searched: Searched, share: float, seed: int) 
     candidates = searched(comparison, space, share, seed)
     minutes = (time.monotonic() - began) / 60
     subject = comparison.subject(ANYWHERE, share, seed)
-    plans = [_again(comparison, subject, choice) for choice in front.of(candidates)]
+    choices = front.of(candidates)
+    with workers.answering(_Final(subject, comparison.case.images.final), _settings(comparison)) as answers:
+        found = dict(answers([choice.widths for choice in choices]))
+    plans = [
+        {**asdict(choice), "final_accuracy": found[at].accuracy, "final_loss": found[at].loss}
+        for at, choice in enumerate(choices)
+    ]
     volumes = {key: _volume(comparison, plans, key) for key in ("accuracy", "final_accuracy")}
     return {
         "evaluations": len(candidates), "images": options.images, "minutes": minutes, "workers": options.workers,
@@ -110,12 +118,20 @@ def _settings(comparison: Comparison) -> SearchSection:
     )
 
 
-def _again(comparison: Comparison, subject: Subject, choice: Choice) -> dict[str, Any]:
-    module = subject.cut(choice.widths)
-    subject.task.adapt(module)
-    final = comparison.case.images.final
-    found = finetune.judge(module, final, len(final), 0)
-    return {**asdict(choice), "final_accuracy": found.accuracy, "final_loss": found.loss}
+@dataclass(frozen=True, eq=False)
+class _Final:
+    """Judges networks once more, on all images that nothing was chosen by."""
+
+    subject: Subject
+    images: Images
+
+    def __call__(self, units: Units) -> Evaluation:
+        module = self.subject.cut(units)
+        self.subject.task.adapt(module)
+        return finetune.judge(module, self.images, len(self.images), 0)
+
+    def named(self, units: Units) -> str:
+        return f"the widths {dict(units)}"
 
 
 def _volume(comparison: Comparison, plans: list[Mapping[str, Any]], key: str) -> float:
