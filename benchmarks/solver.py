@@ -292,7 +292,9 @@ def print_tables() -> None:
         found = record.load(f"solver/steps-{name}")
         for share in SHARES if found else ():
             at = {row["solver"]: row for row in found["rows"] if row["share"] == share}
-            rows.append([name, str(share), *(f"{row['measured'] - 1:+.1%}, {1 - row['value']:.2%}" for row in at.values())])
+            rows.append(
+                [name, str(share), *(f"{row['measured'] - 1:+.1%}, {1 - row['value']:.2%}" for row in at.values())]
+            )
     if rows:
         solvers = ["exact", *(f"K={k}" for k in STEPS)]
         head = ["network", "budget / dense", *(f"{name}: off, value lost" for name in solvers)]

@@ -46,6 +46,7 @@ class Trace:
     axes: tuple[StateAxis, ...]
     classes: Ids  # class of each id, (ids,)
     units: dict[str, Ids]  # group -> class of each unit, (width,)
+    partition: grouping.Partition
 
     @property
     def recording(self) -> Recording:
@@ -55,12 +56,20 @@ class Trace:
     def labels(self) -> dict[int, Labels]:
         return self.run.labels
 
+    @property
+    def free(self) -> NDArray[np.bool_]:
+        """Whether each id belongs to a unit of some group, (ids,)."""
+        free = np.zeros(int(self.classes.max(initial=-1)) + 1, dtype=bool)
+        for classes in self.units.values():
+            free[classes] = True
+        return free[self.classes]
+
     def kept(self, keep: Keep) -> NDArray[np.bool_]:
         """Whether each id stays under `keep`, (ids,)."""
         alive = np.ones(int(self.classes.max(initial=-1)) + 1, dtype=bool)
         for group, kept in keep.items():
             alive[self.units[group]] = False
-            alive[self.units[group][list(kept)]] = True
+            alive[self.units[group][np.fromiter(kept, np.int64, len(kept))]] = True
         return alive[self.classes]
 
 
@@ -69,15 +78,15 @@ class ModelGraph:
     """A network's channel groups, frozen channels and layers."""
 
     groups: tuple[ChannelGroup, ...]
-    frozen: tuple[FrozenChannels, ...]
-    total_params: int
-    prunable_params: int
-    prunable_weights: int  # of the convolution and linear weights
-    total_weights: int
     notes: tuple[str, ...]
     example: Example
     trace: Trace
     protected: tuple[str, ...]  # module paths (or parameter names) whose channels were asked to stay
+
+    @cached_property
+    def frozen(self) -> tuple[FrozenChannels, ...]:
+        """What must stay, and why."""
+        return tuple(f for f in grouping.frozen(self.trace.partition) if not f.reason.startswith(KERNEL))
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -93,6 +102,36 @@ class ModelGraph:
     def fingerprint(self) -> str:
         """Of the structure: plans made for another network are refused."""
         return _fingerprint(self.groups, self.trace.recording.shapes)
+
+    @property
+    def total_params(self) -> int:
+        return sum(self._sizes[name][0] for name in self.trace.recording.parameters)
+
+    @property
+    def prunable_params(self) -> int:
+        return sum(self._sizes[name][1] for name in self.trace.recording.parameters)
+
+    @property
+    def total_weights(self) -> int:
+        """Of the convolution and linear weights."""
+        return sum(self._sizes[name][0] for name in self._weights)
+
+    @property
+    def prunable_weights(self) -> int:
+        return sum(self._sizes[name][1] for name in self._weights)
+
+    @cached_property
+    def _sizes(self) -> dict[str, tuple[int, int]]:
+        """Elements of each tensor, and how many of them cutting every unit would remove."""
+        shapes = self.trace.recording.shapes
+        prunable = grouping.prunable(self.trace.axes, self.trace.free, shapes)
+        return {name: (math.prod(shape), prunable[name]) for name, shape in shapes.items()}
+
+    @property
+    def _weights(self) -> set[str]:
+        """Parameters of two axes or more that the forward pass uses."""
+        shapes, parameters = self.trace.recording.shapes, set(self.trace.recording.parameters)
+        return {axis.name for axis in self.trace.axes if axis.name in parameters and len(shapes[axis.name]) > 1}
 
     @cached_property
     def total_macs(self) -> int:
@@ -192,27 +231,11 @@ def _freeze_module(run: Run, name: str) -> None:
 
 
 def _assemble(example: Example, run: Run, notes: list[str], protected: tuple[str, ...]) -> ModelGraph:
-    ledger, axes = run.ledger, tuple(run.state_axes)
-    classes = ledger.settle_grids()
-    groups, units, frozen = grouping.build(ledger, axes, run.roles)
-    free = np.zeros(int(classes.max()) + 1, dtype=bool)
-    for unit_classes in units:
-        free[unit_classes] = True
-    shapes, parameters = run.recording.shapes, set(run.recording.parameters)
-    prunable = grouping.prunable(axes, free[classes], shapes)
-    weights = {a.name for a in axes if a.name in parameters and len(shapes[a.name]) > 1}
-    return ModelGraph(
-        groups=tuple(groups),
-        frozen=tuple(f for f in frozen if not f.reason.startswith(KERNEL)),
-        total_params=sum(math.prod(shapes[n]) for n in parameters),
-        prunable_params=sum(prunable[n] for n in parameters),
-        prunable_weights=sum(prunable[n] for n in weights),
-        total_weights=sum(math.prod(shapes[n]) for n in weights),
-        notes=tuple(notes),
-        example=example,
-        trace=Trace(run, axes, classes, {g.id: u for g, u in zip(groups, units, strict=True)}),
-        protected=protected,
-    )
+    axes = tuple(run.state_axes)
+    classes = run.ledger.settle_grids()
+    found = grouping.build(run.ledger, axes, run.roles)
+    units = dict(zip([group.id for group in found.groups], found.units, strict=True))
+    return ModelGraph(found.groups, tuple(notes), example, Trace(run, axes, classes, units, found), protected)
 
 
 def _widths(trace: Trace, groups: Sequence[ChannelGroup]) -> layering.WidthOf:

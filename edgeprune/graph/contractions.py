@@ -28,7 +28,7 @@ def conv(run: Run, op: Op) -> list[Labels]:
     rows, columns = _weight_ids(run, weight)
     out = _bind(run, x_ids, rows, columns, int(a["groups"]), transposed, _fed_by(run, x))
     _bind_bias(run, a["bias"], out)
-    return [(*as_axis(out, axis, len(x_shape), True), *rest)]
+    return [(*as_axis(run, out, axis, len(x_shape), True), *rest)]
 
 
 def _slid_over(run: Run, op: Op, labels: Labels, axis: int) -> Labels:
@@ -121,7 +121,7 @@ def linear(run: Run, op: Op) -> list[Labels]:
     run.ledger.unite(x_ids, columns, _fed_by(run, x))
     _bind_bias(run, a["bias"], rows)
     assert rows.size == w_shape[0]
-    return [(*as_axis(rows, axis, len(x_shape), True), *rest)]
+    return [(*as_axis(run, rows, axis, len(x_shape), True), *rest)]
 
 
 def embedding(run: Run, op: Op) -> list[Labels]:
@@ -132,7 +132,7 @@ def embedding(run: Run, op: Op) -> list[Labels]:
     ids = ids_along(along(run.of(weight), 1), 1, run.shape(weight)[1])
     run.play(ids, "out")
     ndim = len(run.recording.values[op.outputs[0]].shape)
-    return [as_axis(ids, ndim - 1, ndim, True)]
+    return [as_axis(run, ids, ndim - 1, ndim, True)]
 
 
 def recurrent(run: Run, op: Op) -> list[Labels]:

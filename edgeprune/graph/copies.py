@@ -42,18 +42,13 @@ def parts(model: nn.Module) -> Parts:
     found = Parts({}, {}, {})
     modules, seen = found.modules, {id(model)}
 
-    def take(dot: str, table: Mapping[str, Tensor | None], known: dict[str, Tensor]) -> None:
-        for key, tensor in table.items():
-            if tensor is not None and id(tensor) not in seen:
-                seen.add(id(tensor))
-                known[dot + key] = tensor
-
     def visit(path: str, dot: str, module: nn.Module) -> None:
         modules[path] = module
-        if module._parameters:
-            take(dot, module._parameters, found.parameters)
-        if module._buffers:
-            take(dot, module._buffers, found.buffers)
+        for table, known in ((module._parameters, found.parameters), (module._buffers, found.buffers)):
+            for key, tensor in table.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    known[dot + key] = tensor
         for key, child in module._modules.items():
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
@@ -113,13 +108,16 @@ def _copied(found: Parts, memo: dict[int, Any]) -> Parts:
     for module in found.modules.values():
         memo[id(module)] = type(module).__new__(type(module))
     for module in found.modules.values():
-        made = vars(memo[id(module)])
-        made.update(vars(module))
-        for key, value in vars(module).items():
+        own = vars(module)
+        made = own.copy()
+        object.__setattr__(memo[id(module)], "__dict__", made)  # as it is: to fill the one there takes longer
+        for key, value in own.items():
             kind = type(value)
+            if kind in PLAIN:
+                continue
             if kind in EMPTY and not value:
                 made[key] = kind()
-            elif kind not in PLAIN:
+            elif kind is not tuple or not PLAIN.issuperset(map(type, value)):
                 made[key] = _value(key, value, memo)
     tables = (found.modules, found.parameters, found.buffers)
     return Parts(*({name: memo[id(item)] for name, item in table.items()} for table in tables))
@@ -129,8 +127,8 @@ def _value(key: str, value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
     if kind is dict and key in TABLES:
         return {name: _entry(item, memo) for name, item in value.items()}
-    if kind in (tuple, list) and PLAIN.issuperset(map(type, value)):
-        return value if kind is tuple else memo.setdefault(id(value), list(value))
+    if kind is list and PLAIN.issuperset(map(type, value)):
+        return memo.setdefault(id(value), list(value))
     return copy.deepcopy(value, memo)
 
 

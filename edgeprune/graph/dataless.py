@@ -155,13 +155,21 @@ def _broadcast(args: tuple[Any, ...]) -> Shape | None:
         return x.shape if isinstance(y, (int, float)) else None
     if x.dtype != y.dtype or not y.is_contiguous():
         return None
-    return x.shape if x.shape == y.shape else torch.broadcast_shapes(x.shape, y.shape)
+    return x.shape if x.shape == y.shape else _together(x.shape, y.shape)
+
+
+def _together(a: Shape, b: Shape) -> Shape | None:
+    """The shape that two tensors have together: axes of size 1 are repeated, missing ones come first."""
+    ndim = max(len(a), len(b))
+    pairs = list(zip((1,) * (ndim - len(a)) + tuple(a), (1,) * (ndim - len(b)) + tuple(b), strict=True))
+    fits = all(m == n or 1 in (m, n) for m, n in pairs)
+    return tuple([n if m == 1 else m for m, n in pairs]) if fits else None
 
 
 def _per_channel(args: tuple[Any, ...]) -> Shape | None:
     """batch_norm: one number a channel of each of its tensors."""
-    x: Tensor = args[0]
-    fits = x.dim() > 1 and all(t is None or t.shape == x.shape[1:2] for t in args[1:5])
+    channels = args[0].shape[1:2]
+    fits = bool(channels) and all(t is None or t.shape == channels for t in args[1:5])
     return _stays(args) if fits else None
 
 
@@ -184,21 +192,18 @@ def _linear(args: tuple[Any, ...]) -> Shape | None:
 def _conv(args: tuple[Any, ...]) -> Shape | None:
     """(input, weight, bias, stride, padding, dilation, groups), defaults left out from the end."""
     x, weight, bias, stride, padding, dilation, groups = args + CONV_DEFAULTS[len(args) :]
-    kernel = weight.shape[2:]
-    fits = x.dim() == weight.dim() and x.dtype == weight.dtype and weight.is_contiguous()
-    fits = fits and x.shape[1] == weight.shape[1] * groups and weight.shape[0] % groups == 0
-    fits = (
-        fits
-        and not isinstance(padding, str)
-        and (bias is None or bias.shape == weight.shape[:1])
-        and _stays(args) is not None
-    )
-    if not fits:
+    shape, of_weight = x.shape, weight.shape
+    if len(shape) != len(of_weight) or len(shape) < 3:
+        return None
+    rows, columns, *kernel = of_weight
+    alike = x.dtype == weight.dtype and weight.is_contiguous() and _stays(args) is not None
+    fits = alike and shape[1] == columns * groups and rows % groups == 0
+    if not fits or isinstance(padding, str) or (bias is not None and bias.shape != (rows,)):
         return None
     count = len(kernel)
-    steps = zip(x.shape[2:], kernel, _each(stride, count), _each(padding, count), _each(dilation, count), strict=True)
+    steps = zip(shape[2:], kernel, _each(stride, count), _each(padding, count), _each(dilation, count), strict=True)
     out = [(size + 2 * pad - wide * (k - 1) - 1) // step + 1 for size, k, step, pad, wide in steps]
-    return (x.shape[0], weight.shape[0], *out) if min(out, default=0) > 0 else None
+    return (shape[0], rows, *out) if min(out, default=0) > 0 else None
 
 
 CONV_DEFAULTS: tuple[Any, ...] = (None, None, None, (1,), (0,), (1,), 1)

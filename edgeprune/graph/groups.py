@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +53,7 @@ class Slices:
         count = np.diff(run, append=len(self.cls))
         hashed = _mix(self.axis[run].astype(np.uint64) << np.uint64(32) | count.astype(np.uint64))
         total = np.cumsum(hashed, dtype=np.uint64)
-        last = np.append(np.searchsorted(run, self.first[1:]), len(run)) - 1
+        last = np.cumsum(new)[np.append(self.first[1:], len(self.cls)) - 1] - 1  # where each class ends
         sums: NDArray[np.uint64] = np.diff(total[last], prepend=np.uint64(0))
         return sums
 
@@ -74,17 +74,24 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def build(
-    ledger: Ledger, axes: Sequence[StateAxis], roles: Sequence[tuple[Ids, str]]
-) -> tuple[list[ChannelGroup], list[Ids], list[FrozenChannels]]:
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """The slices of all parameters: in channel groups, or frozen."""
+
+    groups: tuple[ChannelGroup, ...]
+    units: tuple[Ids, ...]  # of each group: the class of each unit, (width,)
+    slices: Slices
+    stay: Ids  # of each class: the number of the reason why it stays, or -1
+    reasons: tuple[str, ...]
+
+
+def build(ledger: Ledger, axes: Sequence[StateAxis], roles: Sequence[tuple[Ids, str]]) -> Partition:
     """Partition the ids of parameter slices into channel groups and frozen channels.
 
     Args:
         ledger: the demands, settled.
         axes: which ids are slices of which parameter axis.
         roles: ids, and whether a layer makes ("out"), reads ("in") or scales ("scale") them.
-    Returns:
-        The groups, the class of each of their units (width,), and the frozen channels.
     """
     classes = ledger.ids.classes()
     slices = Slices(axes, ledger.ids)
@@ -101,11 +108,12 @@ def build(
         if len(members) < 2:
             stay[names[members]] = len(reasons) - 1
             continue
-        mark = int(inexact[names[members]].max())
+        unit_classes = names[members]
+        mark = int(inexact[unit_classes].max())
         why = ledger.inexact[mark][1] if mark >= 0 else ""
         groups.append(_group(slices, members, role_of, why))
-        units.append(names[members])
-    return _named(groups), units, _frozen(stay, slices, reasons)
+        units.append(unit_classes)
+    return Partition(tuple(_named(groups)), tuple(units), slices, stay, tuple(reasons))
 
 
 def _alike(signatures: NDArray[np.uint64], position: Ids) -> list[Ids]:
@@ -149,8 +157,9 @@ def _roles(slices: Slices, unions: Unions, roles: Sequence[tuple[Ids, str]]) -> 
 
 def _group(slices: Slices, members: Ids, role_of: RoleOf, inexact: str) -> ChannelGroup:
     width, per_unit = len(members), int(slices.size[members[0]])
-    at = slices.first[members][:, None] + np.arange(per_unit)  # (width, slices a unit)
-    table, axes = slices.position[at], slices.axis[at[0]].tolist()  # (width, slices a unit), (slices a unit,) ascending
+    at = slices.first[members]  # (width,)
+    axes = slices.axis[at[0] : at[0] + per_unit].tolist()  # (slices a unit,), ascending
+    table = slices.position[at[:, None] + np.arange(per_unit)]  # (width, slices a unit)
     first = [place for place, axis in enumerate(axes) if not place or axis != axes[place - 1]]
     positions: dict[int, Ids] = {}
     for begin, end in zip(first, [*first[1:], per_unit], strict=True):
@@ -177,8 +186,9 @@ def _named(groups: list[ChannelGroup]) -> list[ChannelGroup]:
     return [replace(group, id=name) for group, name in zip(groups, unique, strict=True)]
 
 
-def _frozen(stay: Ids, slices: Slices, reasons: list[str]) -> list[FrozenChannels]:
+def frozen(partition: Partition) -> list[FrozenChannels]:
     """Frozen channels by reason, most channels first."""
+    stay, slices, reasons = partition.stay, partition.slices, partition.reasons
     number = stay[slices.cls]
     number, axis = number[number >= 0], slices.axis[number >= 0]
     used = np.bincount(number, minlength=len(reasons)) > 0
@@ -192,8 +202,8 @@ def _frozen(stay: Ids, slices: Slices, reasons: list[str]) -> list[FrozenChannel
         count, tensors = found.get(why, (0, set()))
         count += int(counts[each]) * len(followers)
         found[why] = (count, tensors | {slices.axes[leader].name for leader in followers})
-    frozen = [FrozenChannels(tuple(sorted(t)), n, why) for why, (n, t) in found.items()]
-    return sorted(frozen, key=lambda f: -f.channels)
+    made = [FrozenChannels(tuple(sorted(t)), n, why) for why, (n, t) in found.items()]
+    return sorted(made, key=lambda f: -f.channels)
 
 
 def prunable(axes: Sequence[StateAxis], free: NDArray[np.bool_], shapes: Shapes) -> dict[str, int]:

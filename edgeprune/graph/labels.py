@@ -23,9 +23,9 @@ def any_zero(flags: tuple[bool, ...]) -> bool:
     return any(flags)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)  # not frozen: that takes three times as long to make, and there are thousands
 class Label:
-    """Ids for the positions of one tensor."""
+    """Ids for the positions of one tensor; never changed."""
 
     ids: Ids  # ndim of the tensor, size 1 along axes whose positions are alike
     vanishes: bool  # with a channel's parameters at zero, its positions are exactly zero
@@ -37,7 +37,7 @@ class Label:
         return Label(ids, self.vanishes, self.copies)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "axes", tuple([d for d, n in enumerate(self.ids.shape) if n > 1]))
+        self.axes = tuple([d for d, n in enumerate(self.ids.shape) if n > 1])
 
 
 Labels = tuple[Label, ...]

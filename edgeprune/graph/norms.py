@@ -36,7 +36,7 @@ def per_channel(run: Run, op: Op) -> list[Labels]:
     scales = [a["weight"], a["bias"], a["running_mean"], a["running_var"]]
     before = along(labels, 1)
     ids = _bind_scales(run, scales, ids)
-    own = as_axis(ids, 1, len(shape), a["weight"] is not None or bool(before and before.vanishes))
+    own = as_axis(run, ids, 1, len(shape), a["weight"] is not None or bool(before and before.vanishes))
     return [(*own, *rest)]
 
 
@@ -96,7 +96,7 @@ def group_norm(run: Run, op: Op) -> list[Labels]:
         grid = ids.reshape(groups, -1)
         run.ledger.unite(grid, grid[:, :1], run.why("normalised with positions that cannot be removed"))
     ids = _bind_scales(run, [a["weight"], a["bias"]], ids)
-    own = as_axis(ids, 1, len(shape), a["weight"] is not None)
+    own = as_axis(run, ids, 1, len(shape), a["weight"] is not None)
     return [(*own, *rest)]
 
 
@@ -181,7 +181,7 @@ def prelu(run: Run, op: Op) -> list[Labels]:
         ids, rest = channel_ids(run, labels, axis, shape[axis], run.why("channels mixed with other axes"))
         before = along(labels, axis)
         ids = _bind_scales(run, [weight], ids)
-        own = as_axis(ids, axis, len(shape), bool(before and before.vanishes))
+        own = as_axis(run, ids, axis, len(shape), bool(before and before.vanishes))
         labels = (*own, *rest)
     return [labels]
 

@@ -20,7 +20,6 @@ from .dataless import META, Dataless, NeedsData
 from .recording import Call, Op, Recording, Ref, Value
 
 READS_DATA = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::allclose")
-TENSORS = (Tensor, nn.Parameter)
 PLAIN = frozenset([int, float, bool, str, type(None), torch.dtype, torch.layout, torch.memory_format])
 
 
@@ -79,25 +78,37 @@ class Recorder(TorchDispatchMode):
         if keep and self._dataless is not None and tensor.device == META:
             raise NeedsData("a constant has no data")
         constant = tensor.detach() if keep else None
+        return self._number(tensor, Value(tuple(tensor.shape), dtype, source, name, from_input, constant))
+
+    def _number(self, tensor: Tensor, value: Value) -> Ref:
         values = self.recording.values
-        ref = Ref(len(values))
-        values.append(Value(tuple(tensor.shape), dtype, source, name, from_input, constant))
-        self._refs_of[id(tensor)] = ref
+        ref = self._refs_of[id(tensor)] = Ref(len(values))
+        values.append(value)
         self._keep.append(tensor)
         return ref
+
+    def _made(self, tensor: Any, from_input: bool) -> int:
+        """The number of an operator's result; -1 for one that is no tensor."""
+        if not isinstance(tensor, Tensor):
+            return -1
+        if not from_input:
+            return self._new(tensor, "op").value
+        return self._number(tensor, Value(tuple(tensor.shape), tensor.dtype, "op", "", True, None)).value
 
     def _refs(self, tree: Any, found: list[Ref]) -> Any:
         """The tree with its tensors replaced by references, which are appended to `found` in order."""
         kind = type(tree)
         if kind in PLAIN:
             return tree
-        if kind in TENSORS or isinstance(tree, Tensor):
-            ref = self._refs_of.get(id(tree)) or self._new(tree, "constant")
-            found.append(ref)
-            return ref
         if kind is tuple or kind is list:
             made = [item if type(item) in PLAIN else self._refs(item, found) for item in tree]
             return made if kind is list else tuple(made)
+        ref = self._refs_of.get(id(tree))
+        if ref is None and isinstance(tree, Tensor):
+            ref = self._new(tree, "constant")
+        if ref is not None:
+            found.append(ref)
+            return ref
         if kind is dict:
             return {key: self._refs(item, found) for key, item in tree.items()}
         if isinstance(tree, (int, float, str)):
@@ -118,12 +129,14 @@ class Recorder(TorchDispatchMode):
             self._replace_forward(path, module)
 
     def _replace_forward(self, path: str, module: nn.Module) -> None:
-        forward = module.forward
+        forward, ops, refs_of = module.forward, self.recording.ops, self._refs_of
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            outer, first = self._path, len(self.recording.ops)
+            outer, first = self._path, len(ops)
             self._path = path
-            given, named = self._refs(args, []), self._refs(kwargs, [])
+            one = refs_of.get(id(args[0])) if len(args) == 1 else None  # mostly a single tensor
+            given = self._refs(args, []) if one is None else (one,)
+            named = self._refs(kwargs, []) if kwargs else {}
             try:
                 output = forward(*args, **kwargs)
             finally:
@@ -148,8 +161,8 @@ class Recorder(TorchDispatchMode):
         module.register_forward_hook(leave, with_kwargs=True)
 
     def _called(self, path: str, args: Any, kwargs: Any, output: Any, first: int) -> None:
-        last = len(self.recording.ops)
-        self.recording.calls.append(Call(path, args, kwargs, self._refs(_plain(output), []), first, last))
+        returned = self._refs_of.get(id(output)) or self._refs(_plain(output), [])
+        self.recording.calls.append(Call(path, args, kwargs, returned, first, len(self.recording.ops)))
 
     # -- operators -------------------------------------------------------------------------------------------
 
@@ -166,9 +179,9 @@ class Recorder(TorchDispatchMode):
                 return result
         recording = self.recording
         refs: list[Ref] = []
-        call_args, call_kwargs = self._refs(args, refs), self._refs(kwargs, refs)
+        call_args, call_kwargs = self._refs(args, refs), self._refs(kwargs, refs) if kwargs else {}
         values = recording.values
-        from_input = any(values[ref.value].from_input for ref in refs)
+        from_input = True in [values[ref.value].from_input for ref in refs]
         if kind.reads_data and from_input:
             recording.reads[len(recording.ops)] = _users_line()
         aliases = kind.mutable and _writes_to_view(args)
@@ -176,12 +189,8 @@ class Recorder(TorchDispatchMode):
             result = func(*args, **kwargs)
         else:
             result = self._dataless.call(func, args, kwargs, from_input)
-        if isinstance(result, Tensor):
-            outputs: tuple[int, ...] = (self._new(result, "op", from_input=from_input).value,)
-        else:
-            leaves = tree_flatten(result)[0]
-            made = [self._new(x, "op", from_input=from_input).value if isinstance(x, Tensor) else -1 for x in leaves]
-            outputs = tuple(made)
+        leaves = [result] if isinstance(result, Tensor) else tree_flatten(result)[0]
+        outputs = tuple([self._made(leaf, from_input) for leaf in leaves])
         recording.ops.append(Op(func, call_args, call_kwargs, tuple(refs), outputs, self._path, aliases))
         return result
 

@@ -1,9 +1,12 @@
-"""A network's forward pass as data: a list of operators over numbered values."""
+"""A network's forward pass as data: a list of operators over numbered values.
+
+What a network has hundreds of is a NamedTuple, which takes a third of the time that a frozen dataclass takes to make.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +31,7 @@ def refs_in(tree: Any) -> list[Ref]:
     return [ref for item in tree for ref in refs_in(item)]
 
 
-@dataclass(frozen=True)
-class Value:
+class Value(NamedTuple):
     """A tensor seen while recording."""
 
     shape: tuple[int, ...]
@@ -40,8 +42,7 @@ class Value:
     constant: Tensor | None  # the data itself, kept for constants and integer buffers only
 
 
-@dataclass(frozen=True)
-class Op:
+class Op(NamedTuple):
     """One operator call."""
 
     func: OpOverload[..., Any]
@@ -53,8 +54,7 @@ class Op:
     aliases: bool  # wrote into a view of another tensor
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One call of a submodule: the operators `first <= i < last` ran inside."""
 
     module: str

@@ -230,5 +230,5 @@ def _check(run: Run, number: int, labels: Labels, op: Op) -> None:
     shape = run.recording.values[number].shape
     for label in labels:
         have = label.ids.shape
-        fits = len(have) == len(shape) and all(n in (1, s) for n, s in zip(have, shape, strict=True))
+        fits = len(have) == len(shape) and all(have[axis] == shape[axis] for axis in label.axes)
         assert fits, f"{name_of(op.func)}: ids {have} for a tensor of shape {shape}"

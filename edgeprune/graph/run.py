@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch._ops import OpOverload
@@ -16,8 +16,7 @@ from .recording import Op, Recording, Ref, Value
 from .unions import FIXED, Ids
 
 
-@dataclass(frozen=True)
-class StateAxis:
+class StateAxis(NamedTuple):
     """The ids `first <= id < first + size` are the slices of one axis of a parameter or buffer."""
 
     name: str
@@ -73,7 +72,7 @@ class Run:
 
         Only where the channels are a whole range: what is to be one anyway need not be united. Says whether it was.
         """
-        value = self.value(ref)
+        value = self.recording.values[ref.value]
         unread = value.source == "state" and value.name not in self.state_labels and value.dtype.is_floating_point
         if not unread or channel.size < 2 or value.shape != channel.shape or self.ledger.ids.whole(channel) is None:
             return False
@@ -129,9 +128,9 @@ def single_along(run: Run, labels: Labels, axis: int, reason: str) -> tuple[Labe
     return (varying[0] if varying else None), rest
 
 
-def as_axis(ids: Ids, axis: int, ndim: int, vanishes: bool) -> Labels:
+def as_axis(run: Run, ids: Ids, axis: int, ndim: int, vanishes: bool) -> Labels:
     """Labels that carry `ids` along one axis of a tensor with `ndim` axes; none where nothing can be cut."""
-    if ids.size < 2 or (ids < 0).all():
+    if ids.size < 2 or (run.ledger.ids.whole(ids) is None and (ids < 0).all()):
         return ()
     return (Label(on_axis(ids, axis, ndim), vanishes),)
 

@@ -91,8 +91,9 @@ class Unions:
         sizes = np.array([len(ids) for ids in self._ranges], dtype=np.int64)
         first = np.cumsum(sizes) - sizes
         roots = np.array([self.leader(number) for number in range(len(sizes))], dtype=np.int64)
-        number = np.cumsum(np.repeat(roots == np.arange(len(roots)), sizes)) - 1  # of each id of a root
-        classes: Ids = number[np.arange(self.count) + np.repeat(first[roots] - first, sizes)]
+        own = np.where(roots == np.arange(len(roots)), sizes, 0)
+        named = np.cumsum(own) - own  # the class of a root's first id: the roots' ids are numbered one after the other
+        classes: Ids = np.arange(self.count) + np.repeat(named[roots] - first, sizes)
         return classes
 
 

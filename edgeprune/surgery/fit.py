@@ -13,7 +13,7 @@ from ..graph.rules import name_of
 from ..graph.run import signature
 from .rewrite import Rewriter
 
-LARGE_BYTES, BLOCK_BYTES = 1 << 24, 1 << 20  # new memory for what lies between would take longer than the copying
+LARGE_BYTES, BLOCK_BYTES = 1 << 20, 1 << 19  # new memory for what lies between would take longer than the copying
 # attribute <- axis of the weight of PyTorch's own layers; `groups`, `num_groups` come from the recorded operators
 SIZES = {"in_features": 1, "out_features": 0, "num_channels": 0, "num_parameters": 0, "embedding_dim": 1}
 
@@ -32,7 +32,8 @@ def sliced(found: Parts, positions: Mapping[tuple[str, int], Tensor]) -> dict[in
     with torch.no_grad():
         for name, old in found.state.items():
             tensor = _selected(old, kept[name]) if name in kept else old.clone()
-            new[id(old)] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+            trained = type(old) is nn.Parameter or isinstance(old, nn.Parameter)
+            new[id(old)] = nn.Parameter(tensor, old.requires_grad) if trained else tensor
     return new
 
 
@@ -41,13 +42,16 @@ def _selected(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     rows = kept.get(0)
     if rows is None or len(kept) == 1 or tensor.nbytes < LARGE_BYTES:
         for axis, index in kept.items():
-            tensor = tensor.index_select(axis, index.to(tensor.device))
+            tensor = tensor.index_select(axis, index if tensor.is_cpu else index.to(tensor.device))
         return tensor
-    rest = {axis: index for axis, index in kept.items() if axis}
+    *others, (last, last_index) = [(axis, index.to(tensor.device)) for axis, index in kept.items() if axis]
     shape = [len(kept[axis]) if axis in kept else size for axis, size in enumerate(tensor.shape)]
     selected, at = tensor.new_empty(shape), 0
-    for some in rows.split(max(1, BLOCK_BYTES // tensor[0].nbytes)):
-        selected[at : at + len(some)] = _selected(tensor.index_select(0, some.to(tensor.device)), rest)
+    for some in rows.to(tensor.device).split(max(1, BLOCK_BYTES // tensor[0].nbytes)):
+        part = tensor.index_select(0, some)
+        for axis, index in others:
+            part = part.index_select(axis, index)
+        torch.index_select(part, last, last_index, out=selected[at : at + len(some)])
         at += len(some)
     return selected
 
@@ -82,17 +86,18 @@ def set_sizes(copied: Parts, rewriter: Rewriter, use_attributes: bool) -> bool:
 
 
 def _set_layer_sizes(part: nn.Module) -> None:
-    if not type(part).__module__.startswith("torch.nn"):
+    own = vars(part)
+    weight: Tensor | None = part._parameters.get("weight")
+    computed = "parametrizations" in part._modules
+    without = weight is None and not computed and not isinstance(part, nn.RNNBase)
+    if without or not type(part).__module__.startswith("torch.nn"):
         return
-    weight = part._parameters.get("weight")
-    if weight is None and "parametrizations" in part._modules:
+    if weight is None and computed:
         weight = getattr(part, "weight", None)
     if isinstance(part, nn.modules.conv._ConvNd) and weight is not None:
-        flip = part.transposed
-        part.in_channels = weight.shape[0] if flip else weight.shape[1] * part.groups
-        part.out_channels = weight.shape[1] * part.groups if flip else weight.shape[0]
+        rows, columns = weight.shape[0], weight.shape[1] * part.groups
+        own["in_channels"], own["out_channels"] = (rows, columns) if part.transposed else (columns, rows)
         return
-    own = vars(part)
     if isinstance(part, nn.RNNBase):
         part.input_size = int(part.get_parameter("weight_ih_l0").shape[1])
         part._flat_weights = [getattr(part, name) for name in part._flat_weights_names]

@@ -16,7 +16,7 @@ from ..graph.record import undisturbed
 from ..graph.recording import Op, Ref
 from ..graph.rules import has_rule, name_of
 from ..graph.run import signature
-from .rewrite import Rewriter, alike, selects
+from .rewrite import SELECTING, Rewriter, alike, selects
 
 SHAPES_TELL = ("split", "split_with_sizes", "chunk", "unsafe_chunk", "unsafe_split", "new_zeros", "zeros")
 
@@ -68,27 +68,29 @@ class _Follower(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not has_rule(func) and func._can_decompose():
+        dense = self._expected[self._at] if self._at < len(self._expected) else None
+        as_recorded = dense is not None and func is dense.func  # it was not decomposed then
+        if not as_recorded and not has_rule(func) and func._can_decompose():
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        dense = self._expected[self._at] if not self.arrived else None
         if dense is None and self._free:
             return func(*args, **kwargs)
-        if dense is None or func is not dense.func or not self._reads(args, dense.args):
+        if dense is None or not as_recorded or not self._reads(args, dense.args):
             raise _Astray(func)
-        counted = any(ref.value in self._counted for ref in dense.refs)
-        if not counted and not _same_arguments(args, kwargs, dense, self._rewriter):
+        name = name_of(func)
+        counted = bool(self._counted) and any(ref.value in self._counted for ref in dense.refs)
+        if not counted and not _same_arguments(name, args, kwargs, dense, self._rewriter):
             raise _Astray(func)
         values = self._rewriter.recording.values
         if self._dataless is None:
             result = func(*args, **kwargs)
         else:
-            from_input = any(values[ref.value].from_input for ref in dense.refs)
+            from_input = True in [values[ref.value].from_input for ref in dense.refs]
             result = self._dataless.call(func, args, kwargs, from_input)
         leaves = [result] if isinstance(result, Tensor) else tree_leaves(result)
-        counted = counted or selects(self._rewriter.recording, dense)
+        counted = counted or (name in SELECTING and selects(self._rewriter.recording, dense))
         for leaf, number in zip(leaves, dense.outputs, strict=True):
             if counted and self._untouched(dense, number):
                 self._counted.add(number)
@@ -116,9 +118,8 @@ class _Follower(TorchDispatchMode):
         return True
 
 
-def _same_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], dense: Op, rewriter: Rewriter) -> bool:
+def _same_arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], dense: Op, rewriter: Rewriter) -> bool:
     """Sizes, starts, groups and scales as the cut expects; how an axis is split shows in the shapes."""
-    name = name_of(dense.func)
     if name in SHAPES_TELL:
         return True
     expected = rewriter.changed(dense) or (dense.args, dense.kwargs)

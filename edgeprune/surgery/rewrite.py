@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..graph import ModelGraph
 from ..graph.recording import Op, Recording
 from ..graph.rules import name_of
-from ..graph.run import arguments, signature
+from ..graph.run import StateAxis, arguments, signature
 from ..records import Keep
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -39,9 +39,7 @@ class Rewriter:
         self._changes: dict[int, Arguments | None] = {}  # by the operator's id()
         self.positions: dict[tuple[str, int], Tensor] = {}  # (tensor, axis) -> indices kept, where some are not
         kept_of: dict[int, Tensor] = {}  # by the first of the ranges that are one
-        for axis in graph.trace.axes:
-            if self._count(axis.first, axis.size) == axis.size:
-                continue
+        for axis in _losing(graph.trace.axes, self._before):
             leader = self._unions.leader(self._unions.at(axis.first))
             if leader not in kept_of:
                 alive = self._alive[axis.first : axis.first + axis.size]
@@ -76,23 +74,22 @@ class Rewriter:
         if not labels:
             return dense
         new = list(dense)
-        if len(labels) == 1 and len(labels[0].axes) == 1 and self._unions.whole(labels[0].ids) is not None:
-            axis = labels[0].axes[0]
-            new[axis] = self._count(labels[0].ids.item(0), dense[axis])
-            return tuple(new)
-        for axis in {axis for label in labels for axis in label.axes}:
-            new[axis] = int(self.kept_along(value, axis).sum())
+        varying = [axis for label in labels for axis in label.axes]
+        for label in labels:
+            for axis in label.axes:
+                if varying.count(axis) == len(label.axes) == 1 and self._unions.whole(label.ids) is not None:
+                    new[axis] = self._count(label.ids.item(0), dense[axis])
+                else:
+                    new[axis] = int(self.kept_along(value, axis).sum())
         return tuple(new)
 
     # -- arguments -------------------------------------------------------------------------------------------
 
     def changed(self, op: Op) -> Arguments | None:
         """The operator's new arguments, or None where the old ones still hold."""
-        rewrite = REWRITES.get(name_of(op.func))
-        if rewrite is None:
-            return None
         if id(op) not in self._changes:
-            new = rewrite(self, op, arguments(op))
+            rewrite = REWRITES.get(name_of(op.func))
+            new = rewrite(self, op, arguments(op)) if rewrite is not None else None
             self._changes[id(op)] = None if new == (op.args, op.kwargs) else new
         return self._changes[id(op)]
 
@@ -117,6 +114,13 @@ class Rewriter:
         return None
 
 
+def _losing(axes: Sequence[StateAxis], before: NDArray[np.int64]) -> list[StateAxis]:
+    """The axes of which some slices go, by how many ids before each one stay."""
+    first, size = np.array([(axis.first, axis.size) for axis in axes]).T
+    loses = before[first + size] - before[first] < size
+    return [axis for axis, some in zip(axes, loses.tolist(), strict=True) if some]
+
+
 def selects(recording: Recording, op: Op) -> bool:
     """Does the data decide how many values come out?"""
     name, values = name_of(op.func), [recording.values[ref.value] for ref in op.refs]
@@ -128,13 +132,15 @@ def selects(recording: Recording, op: Op) -> bool:
 def alike(given: Any, expected: Any) -> bool:
     """Do two trees of arguments hold the same numbers and words, at the same places?"""
     have, want = type(given), type(expected)
+    if have not in COMPARED and want not in COMPARED:  # tensors, devices, types
+        return True
     if have in NUMBERS and want in NUMBERS:
         return bool(given == expected)
     if have in SEQUENCES and want in SEQUENCES:
         return len(given) == len(expected) and all(map(alike, given, expected))
     if have is dict and want is dict:
         return given.keys() == expected.keys() and all(alike(given[key], expected[key]) for key in expected)
-    return have not in COMPARED and want not in COMPARED  # tensors, devices, types
+    return False
 
 
 def numbers_in(tree: Any) -> list[Any]:
