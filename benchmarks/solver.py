@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from edgeprune import allocate, importance, knapsack, measure, planning, store, 
 from edgeprune.allocate import Costs
 from edgeprune.graph import ModelGraph, trace
 from edgeprune.importance import Importance
-from edgeprune.planning import Aim, Bench
+from edgeprune.planning import Aim, Bench, Preflight
 from edgeprune.polish import polished
 from edgeprune.records import Fingerprint, LayerShape, Timing
 from edgeprune.runs import Run
@@ -192,17 +193,23 @@ def _plan(costs: Costs, scores: Importance, units: arms.Units, budget: float, wh
 # ---- budgets met ---------------------------------------------------------------------------------------------
 
 
-def compress(network: Network, target: Target) -> dict[str, Any]:
-    """Cut without training; the last word is a measurement of its own, of all the networks in turn."""
+@contextmanager
+def _calibrated(network: Network, target: Target) -> Iterator[tuple[Bench, Costs, Importance, Preflight]]:
+    """A bench for whole networks, and costs that some of them corrected."""
     module = network.build()
     graph = trace(module, network.example())
     costs, _ = costs_of(graph, target)
     scores = importance.score(module, graph.groups)
-    folder = Path(tempfile.mkdtemp(prefix="edgeprune-solver-"))
-    try:
-        bench = Bench(module, graph, target, folder)
+    with tempfile.TemporaryDirectory(prefix="edgeprune-solver-") as folder:
+        bench = Bench(module, graph, target, Path(folder))
         bench.patience_s = PATIENCE_S
-        start, costs = planning.preflight(bench, costs, scores, Run(folder), Silent(), seed=0)
+        start, costs = planning.preflight(bench, costs, scores, Run(Path(folder)), Silent(), seed=0)
+        yield bench, costs, scores, start
+
+
+def compress(network: Network, target: Target) -> dict[str, Any]:
+    """Cut without training; the last word is a measurement of its own, of all the networks in turn."""
+    with _calibrated(network, target) as (bench, costs, scores, start):
         budgets = {str(share): share * start.dense_ms for share in SHARES}
         floor = importance.best(scores, start.floor.units)
         again = statistics.median(bench.time([floor], settled=True)[0] for _ in range(SESSIONS))
@@ -214,8 +221,6 @@ def compress(network: Network, target: Target) -> dict[str, Any]:
             dense = bench.dense_ms[-1] / bench.reference_ms - 1
             print(f"{name}: {tried}; dense network {dense:+.1%}, copies {bench.noise:.2%}", flush=True)
         sessions = [bench.time([c.keep for c in chosen.values()], settled=True) for _ in range(SESSIONS)]
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     rows = []
     for at, (name, plan) in enumerate(chosen.items()):
         measured = sorted(session[at] for session in sessions)
@@ -244,23 +249,13 @@ def compress(network: Network, target: Target) -> dict[str, Any]:
 
 def steps(network: Network, target: Target) -> dict[str, Any]:
     """Plans for the same budgets, each as its solver gives it, all timed in turn."""
-    module = network.build()
-    graph = trace(module, network.example())
-    costs, _ = costs_of(graph, target)
-    scores = importance.score(module, graph.groups)
-    folder = Path(tempfile.mkdtemp(prefix="edgeprune-solver-"))
-    try:
-        bench = Bench(module, graph, target, folder)
-        bench.patience_s = PATIENCE_S
-        start, costs = planning.preflight(bench, costs, scores, Run(folder), Silent(), seed=0)
+    with _calibrated(network, target) as (bench, costs, scores, start):
         plans: list[tuple[float, str, arms.Units]] = []
         for share in SHARES:
             budget = share * start.dense_ms
             plans.append((share, "exact", allocate.solve(costs, scores, budget).widths))
             plans += [(share, f"K={k}", arms.linearised(costs, scores, budget, k)) for k in STEPS]
         measured = bench.time([importance.best(scores, units) for _, _, units in plans], settled=True)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     whole = arms.value_of(scores, costs.dense)
     rows = [
         {"share": share, "solver": name, "measured": ms / (share * start.dense_ms),

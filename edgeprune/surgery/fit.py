@@ -32,8 +32,7 @@ def sliced(found: Parts, positions: Mapping[tuple[str, int], Tensor]) -> dict[in
     with torch.no_grad():
         for name, old in found.state.items():
             tensor = _selected(old, kept[name]) if name in kept else old.clone()
-            trained = type(old) is nn.Parameter or isinstance(old, nn.Parameter)
-            new[id(old)] = nn.Parameter(tensor, old.requires_grad) if trained else tensor
+            new[id(old)] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
     return new
 
 
