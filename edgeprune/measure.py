@@ -27,8 +27,8 @@ TRIES = 3
 HOT_C, HOT = 85.0, 1e3  # small boards slow down from here on; what a batch that was measured hot is worth
 COOL_S, COOL_STEP_S = 180.0, 5.0  # at most, and a look
 COPIES = 3  # a network is loaded this often to be timed ...
-SETTLED = 0.0025  # ... and again, in further sessions, until its latency is this certain ...
-SESSIONS = 4  # ... or it was in this many
+SETTLED = 0.003  # ... and again, in further sessions, until its latency is this certain ...
+SESSIONS = 8  # ... or it was in this many
 PATIENCE, PATIENCE_S = "EDGEPRUNE_PATIENCE_S", 60.0  # in all, for a busy device to become calm
 SENTINEL = LayerShape(
     op="conv", in_ch=64, out_ch=64, batch=1, spatial=(14, 14), kernel=(3, 3), stride=(1, 1), padding=(1, 1),

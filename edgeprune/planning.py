@@ -287,7 +287,7 @@ def _bias(tries: Sequence[Try], aims: Sequence[Aim], at: int) -> float:
 def _window(aims: Sequence[Aim]) -> tuple[float, float]:
     """How far under its budget a plan may be measured, by the noise that was seen so far."""
     near = max(max(CLOSE, NOISY * aim.bench.error, CALL_MS / aim.wanted_ms) for aim in aims)
-    return near, max(UNUSED - CLOSE, 2 * near)
+    return near, near + UNUSED - 2 * CLOSE
 
 
 def _smallest(aims: Sequence[Aim], scores: Importance, size_bytes: float | None) -> Try:

@@ -117,7 +117,7 @@ class Copies(Bench):
         return [Timing(ms, ms, ms, 1, (ms,), 0.0) for ms in each]
 
 
-@pytest.mark.parametrize(("apart", "sessions"), [(0.001, 1), (0.004, 2), (0.02, measure.SESSIONS)])
+@pytest.mark.parametrize(("apart", "sessions"), [(0.001, 1), (0.005, 2), (0.03, measure.SESSIONS)])
 def test_where_copies_differ_more_a_settled_measurement_takes_more_of_them(
     apart: float, sessions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

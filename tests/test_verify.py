@@ -41,7 +41,7 @@ def test_where_copies_differ_further_sessions_are_pooled() -> None:
     device = Told(*[(10.0, ms, 0.05) for ms in (4.0, 5.0, 5.0, 6.0)], (10.0, 1.0, 0.0))
     assert latency(device) == (pytest.approx(10.0), pytest.approx(5.0), ())
     assert len(device.left) == 1
-    assert measure.SESSIONS == 4
+    assert verify.SESSIONS == 4
 
 
 def test_a_session_in_which_the_dense_network_is_not_itself_is_held_again_and_said() -> None:
