@@ -219,7 +219,7 @@ def compress(network: Network, target: Target) -> dict[str, Any]:
             chosen[name] = found = planning.meet([Aim(bench, costs, budget)], scores, allocate.solve, Silent())
             tried = ", ".join(f"{a.measured_ms / budget - 1:+.1%}" for a in found.attempts)
             dense = bench.dense_ms[-1] / bench.reference_ms - 1
-            print(f"{name}: {tried}; dense network {dense:+.1%}, copies {bench.noise:.2%}", flush=True)
+            print(f"{name}: {tried}; dense network {dense:+.1%}, copies {bench.noise_of([budget]):.2%}", flush=True)
         sessions = [bench.time([c.keep for c in chosen.values()], settled=True) for _ in range(SESSIONS)]
     rows = []
     for at, (name, plan) in enumerate(chosen.items()):
@@ -242,7 +242,7 @@ def compress(network: Network, target: Target) -> dict[str, Any]:
         "dense_sessions_ms": bench.dense_ms,
         "floor_ms": start.floor.measured_ms,
         "noise": bench.noise,
-        "error": bench.error,
+        "error": {name: bench.error_of(budget) for name, budget in budgets.items()},
         "rows": rows,
     }
 
@@ -262,7 +262,7 @@ def steps(network: Network, target: Target) -> dict[str, Any]:
          **_plan(costs, scores, units, share * start.dense_ms, whole)}
         for (share, name, units), ms in zip(plans, measured, strict=True)
     ]  # fmt: skip
-    return {"dense_ms": start.dense_ms, "noise": bench.noise, "error": bench.error, "rows": rows}
+    return {"dense_ms": start.dense_ms, "noise": bench.noise, "rows": rows}
 
 
 # ---- tables --------------------------------------------------------------------------------------------------

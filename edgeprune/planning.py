@@ -38,6 +38,9 @@ TRIES = 6
 UNUSED = 0.03  # of a budget, at most: a plan further below it is improved
 CLOSE = 0.0075  # a plan is this far under its budget, at least: what its next measurement may differ by ...
 NOISY = 3.5  # ... or this many times the error of a measurement, where that is more ...
+ALIKE = 16  # spreads, of the networks nearest in latency, say how far copies lie apart
+MIDDLE = math.sqrt(math.log(2))  # of the true spread is the middle one of many that three copies show
+PLAIN = 2.0  # a network this many times its error away from where it should be is not measured on
 CALL_MS = 0.0008  # ... or this, by which calling the runtime differs from one session to the next
 DISTURBED = 0.015  # a session in which the dense network is slower than this over the calm ones is held again, ...
 CALM = 25  # ... the fastest quarter of all sessions, in percent, ...
@@ -92,19 +95,28 @@ class Bench:
         self.dense = self.export(model, folder / "dense")
         self.reference_ms = 0.0
         self.dense_ms: list[float] = []  # in each session, disturbed or not
-        self.spreads: list[float] = []  # between copies of a network, in each session that counted
+        self.spreads: list[tuple[float, float]] = []  # (ms, between copies) of each network in a session that counted
         self.patience_s = measure.patience_s()  # that is left for disturbed sessions
         self.patient = self.patience_s > 0  # without any, each measurement is one session
 
     @property
     def noise(self) -> float:
-        """How far copies of a network lie apart, in the middle session: one that was disturbed does not count."""
-        return statistics.median(self.spreads) if self.spreads else 0.0
+        """How far copies of any one network lie apart; one that was disturbed does not count."""
+        return _middle(self.spreads)
 
-    @property
-    def error(self) -> float:
+    def noise_of(self, networks_ms: Sequence[float]) -> float:
+        """The same of the dense network and these, root mean square: small networks' copies lie further apart."""
+        return self._alike((self.dense_ms[-1], *networks_ms), self.spreads)
+
+    def _alike(self, networks_ms: Sequence[float], seen: Sequence[tuple[float, float]]) -> float:
+        """By those that were seen of about their latency."""
+        nearest = [sorted(seen, key=lambda one: abs(math.log(one[0] / ms)))[:ALIKE] for ms in networks_ms]
+        return math.sqrt(statistics.fmean(_middle(some) ** 2 for some in nearest))
+
+    def error_of(self, network_ms: float) -> float:
         """Of a settled measurement, relative: the more the copies differ, the more of them it takes."""
-        return measure.error(self.noise, measure.COPIES * measure.sessions(self.noise))
+        noise = self.noise_of([network_ms])
+        return measure.error(noise, measure.COPIES * measure.sessions(noise))
 
     def time(self, keeps: Sequence[Keep], progress: Progress = unwatched, settled: bool = False) -> list[float]:
         """Milliseconds of each cut network, as if the dense one took `reference_ms` as it did at first."""
@@ -134,11 +146,18 @@ class Bench:
         """What the dense network takes where nothing disturbs it, as far as was seen."""
         return float(np.percentile(self.dense_ms, CALM)) if self.dense_ms else math.inf
 
-    def timed(self, artifacts: Sequence[Artifact], settled: bool = False) -> list[float]:
+    def timed(
+        self, artifacts: Sequence[Artifact], settled: bool = False, between: tuple[float, float] | None = None
+    ) -> list[float]:
         """In one session or, settled, in as many as the copies' spread asks for; their median.
 
         Disturbed sessions, in which the dense network is slower than it was, are held again. What disturbs one network
         disturbs another less or more: dividing by the dense one does not undo it.
+
+        Args:
+            artifacts: what is timed beside the dense network.
+            settled: until it is as certain as it can become.
+            between: ms; as soon as it is plain that no network lies there, no more sessions are held.
         """
         held: list[list[Timing]] = []
         calm: list[list[Timing]] = []
@@ -150,14 +169,34 @@ class Bench:
             calm = [timings for timings in held if timings[0].median_ms <= self.calm_ms * (1 + DISTURBED)]
             if held[-1] not in calm:
                 self.patience_s -= time.monotonic() - began
-            if settled and self.patient:
-                spreads = [*self.spreads, *map(measure.spread, calm)]
-                wanted = measure.sessions(statistics.median(spreads)) if spreads else 1
+            if settled and self.patient and calm:
+                seen = [*self.spreads, *_spreads(calm)]
+                noise = self._alike([timing.median_ms for timing in calm[-1]], seen)
+                wanted = measure.sessions(noise)
+                if between and self._outside(calm, between, noise):
+                    break
         counted = calm or [min(held, key=lambda timings: timings[0].median_ms)]
-        self.spreads += map(measure.spread, counted)
+        self.spreads += _spreads(counted)
         self.reference_ms = self.reference_ms or statistics.median(dense.median_ms for dense, *_ in counted)
-        shares = [[timing.median_ms / dense.median_ms for timing in cut] for dense, *cut in counted]
+        return self._found_ms(counted)
+
+    def _found_ms(self, sessions: Sequence[Sequence[Timing]]) -> list[float]:
+        shares = [[timing.median_ms / dense.median_ms for timing in cut] for dense, *cut in sessions]
         return [self.reference_ms * statistics.median(of_one) for of_one in zip(*shares, strict=True)]
+
+    def _outside(self, sessions: Sequence[Sequence[Timing]], between: tuple[float, float], noise: float) -> bool:
+        """Whether every network is further from there than two measurements that lie `noise` apart are uncertain."""
+        unsure = PLAIN * math.sqrt(2) * measure.error(noise, measure.COPIES * len(sessions))
+        low, high = between[0] * (1 - unsure), between[1] * (1 + unsure)
+        return not any(low <= ms <= high for ms in self._found_ms(sessions))
+
+
+def _spreads(sessions: Sequence[Sequence[Timing]]) -> list[tuple[float, float]]:
+    return [(timing.median_ms, measure.spread([timing]) / MIDDLE) for timings in sessions for timing in timings]
+
+
+def _middle(spreads: Sequence[tuple[float, float]]) -> float:
+    return statistics.median(spread for _, spread in spreads) if spreads else 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +216,7 @@ def preflight(
         found = as_record(Preflight, run.read("preflight.json", PREFLIGHT))
         bench.reference_ms = found.dense_ms
         bench.dense_ms.append(found.dense_ms)
-        bench.spreads.append(found.noise)
+        bench.spreads.append((found.dense_ms, found.noise))
     else:
         units = [dict(allocate.floor(costs).widths), *measure.samples(costs.candidates, SAMPLES, seed)]
         with watch.stage("time the floor, the dense network and some between") as progress:
@@ -269,7 +308,8 @@ class Try:
 
 
 def _tried(plan: Plan, aims: Sequence[Aim], keep: Keep, size_bytes: float | None) -> Try:
-    measured = [_confirmed(aim.bench, keep, aim.wanted_ms) for aim in aims]
+    window = _window(aims)
+    measured = [_confirmed(aim.bench, keep, (aim.wanted_ms * (1 - window[1]), aim.wanted_ms)) for aim in aims]
     each_ms, size = tuple(ms for ms, _ in measured), measured[0][1]
     used, window = max(_shares(each_ms, aims)), _window(aims)
     fits = used <= 1 - window[0] and (size_bytes is None or size <= size_bytes)
@@ -286,7 +326,7 @@ def _bias(tries: Sequence[Try], aims: Sequence[Aim], at: int) -> float:
 
 def _window(aims: Sequence[Aim]) -> tuple[float, float]:
     """How far under its budget a plan may be measured, by the noise that was seen so far."""
-    near = max(max(CLOSE, NOISY * aim.bench.error, CALL_MS / aim.wanted_ms) for aim in aims)
+    near = max(max(CLOSE, NOISY * aim.bench.error_of(aim.wanted_ms), CALL_MS / aim.wanted_ms) for aim in aims)
     return near, near + UNUSED - 2 * CLOSE
 
 
@@ -319,12 +359,12 @@ def _on(aim: Aim, aims: Sequence[Aim]) -> str:
     return f" on {aim.bench.target.name}" if len(aims) > 1 else ""
 
 
-def _confirmed(bench: Bench, keep: Keep, wanted_ms: float) -> tuple[float, int]:
-    """A network's latency and size; one that fits is measured once more, for of several tries the luckiest would be
-    taken."""
+def _confirmed(bench: Bench, keep: Keep, between: tuple[float, float]) -> tuple[float, int]:
+    """A network's latency and size; one that is where it should be is measured once more, for of several tries the
+    luckiest would be taken."""
     with bench.built([keep]) as artifacts:
-        (first,) = bench.timed(artifacts, settled=True)
-        if first > wanted_ms:
+        (first,) = bench.timed(artifacts, settled=True, between=between)
+        if not between[0] <= first <= between[1]:
             return first, artifacts[0].size_bytes
         (second,) = bench.timed(artifacts, settled=True)
         return max(second, (first + second) / 2), artifacts[0].size_bytes

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from edgeprune import measure, verify
+from edgeprune import verify
 from edgeprune.records import Artifact, Timing
 
 NET = verify.Network(nn.Identity(), Artifact("", (), "", 0, "onnx", "f32"), 0, 0)
