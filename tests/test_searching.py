@@ -11,7 +11,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -195,17 +197,25 @@ def cluster() -> Iterator[str]:
             process.communicate(timeout=60)
 
 
+def joined_in(folder: Path, cluster: str) -> tuple[Candidate, int]:
+    return found_in(folder, task=Elsewhere(folder), workers=2, ray=cluster), os.getpid()
+
+
 @pytest.mark.slow
-def test_a_cluster_that_runs_already_judges_the_same_and_is_left_as_it_was(tmp_path: Path, cluster: str) -> None:
+def test_a_cluster_that_runs_already_judges_the_same_and_is_left_as_it_was(
+    tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)  # where another test began a Ray, this process has tokens
     alone = found_in(tmp_path / "alone")
-    for turn in ("first", "again"):  # the cluster is still there after the first search
-        (tmp_path / turn).mkdir()
-        joined = found_in(tmp_path / turn, task=Elsewhere(tmp_path / turn), workers=2, ray=cluster)
-        assert (joined.units, joined.evaluation) == (alone.units, alone.evaluation)
-        assert sorted(judged(tmp_path / turn)) == sorted(judged(tmp_path / "alone"))
-        pids = {int(path.name.partition("-")[2]) for path in (tmp_path / turn).glob("judged-*")}
-        assert len(pids) == 2
-        assert os.getpid() not in pids
+    with ProcessPoolExecutor(1, get_context("spawn")) as user:
+        for turn in ("first", "again"):  # the cluster is still there after the first search
+            (tmp_path / turn).mkdir()
+            joined, pid = user.submit(joined_in, tmp_path / turn, cluster).result(timeout=600)
+            assert (joined.units, joined.evaluation) == (alone.units, alone.evaluation)
+            assert sorted(judged(tmp_path / turn)) == sorted(judged(tmp_path / "alone"))
+            pids = {int(path.name.partition("-")[2]) for path in (tmp_path / turn).glob("judged-*")}
+            assert len(pids) == 2
+            assert not {pid, os.getpid()} & pids
     small.make(tmp_path, small.QUICK)
     arguments = ("compress", "--strategy", "rl", "--ray", cluster, "--set", "search.evaluations=14", *SHORT)
     process = small.command(*arguments, "--json", cwd=tmp_path)
@@ -213,6 +223,15 @@ def test_a_cluster_that_runs_already_judges_the_same_and_is_left_as_it_was(tmp_p
     assert process.returncode in (0, 1), err  # measured on a machine that may be busy
     assert json.loads(out)["report"]["speedup"] > 1.3
     assert 2 <= len(judged(tmp_path / "runs/001/step-1")) <= 14
+
+
+@pytest.mark.slow
+def test_a_cluster_without_tokens_is_told_from_one_that_is_short_of_memory(tmp_path: Path, cluster: str) -> None:
+    """Ray's own error would have a user look for memory."""
+    (tmp_path / "joined").mkdir()
+    found_in(tmp_path / "local", ray="local")  # from here on this process has tokens
+    with pytest.raises(WorkerError, match=r"Ray started no worker .* in a new process, without RAY_AUTH_MODE"):
+        joined_in(tmp_path / "joined", cluster)
 
 
 def test_a_cluster_that_is_not_there_is_named(tmp_path: Path) -> None:

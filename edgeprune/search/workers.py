@@ -26,6 +26,7 @@ from .subject import Subject, one_thread
 from .trying import Judges
 
 RETRIES = 3  # a question that kills this many workers is at fault itself
+NEVER_RAN = "The actor never ran"  # as Ray says it
 KNOCK_S = 10.0  # until a cluster's address counts as silent
 Question = TypeVar("Question")
 Answer = TypeVar("Answer")
@@ -169,6 +170,11 @@ class _Pool:
 
 def _told(question: str, error: str) -> str:
     last = error.strip().splitlines()[-1].strip()
+    if NEVER_RAN in error:
+        return (
+            f"Ray started no worker for {question}: {last} A cluster without tokens starts none for a process that has "
+            "them, as any has that began a Ray of its own. Go on with --resume in a new process, without RAY_AUTH_MODE"
+        )
     return (
         f"{question} ended {RETRIES} workers, the last one with: {last}. Memory may be short: ask for fewer workers, "
         "then go on with --resume"
