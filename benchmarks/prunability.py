@@ -4,6 +4,7 @@
     python benchmarks/prunability.py --only resnet,swin    a part of them
     python benchmarks/prunability.py --all-groups          check every group one by one in float64, not a sample
     python benchmarks/prunability.py --seconds             time both tools where they finish, check nothing
+    python benchmarks/prunability.py --seconds --smallest  on the smallest image that a network takes
     python benchmarks/prunability.py --table               the tables alone
 
 Each network is built in a child process, and each tool works on it in a child of that, under a memory and a time limit.
@@ -17,9 +18,11 @@ make the outputs. "wrong": the pruned network does not run, or its outputs have 
 
 `--seconds` times both in one process, turn and turn about on one network, and keeps the least of up to three runs of
 each (one where a round takes longer than 2 s): once as above, and once where the half that goes is that of the least
-L2 norm (Torch-Pruning's GroupMagnitudeImportance, edgeprune's `importance.score`). It goes on where it was stopped;
-`--again` begins anew. What it finds lies in results/prunability-seconds.json and goes before the seconds of the first
-run in every table.
+L2 norm (Torch-Pruning's GroupMagnitudeImportance, edgeprune's `importance.score`). Images are of the side that the
+network's published weights are judged at, or the smallest that it takes. It goes on where it was stopped; `--again`
+begins anew. Torch-Pruning is stopped at 20 processor seconds here, too, which then count. What it finds lies in
+results/prunability-seconds.json (-smallest.json) and goes before the seconds of the first run, which are of the
+smallest images, in every table.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ LIMIT_S = {"edgeprune": 200, "torch-pruning": 20}  # processor seconds; edgeprun
 WALL_S = 1200.0
 TOLERANCE = 1e-5
 RESULT = "prunability"
-SECONDS = "prunability-seconds"
+SECONDS, SMALLEST = "prunability-seconds", "prunability-seconds-smallest"
 SHORTER = (
     ("the network's output", "output"),
     ("reads the network's input", "input"),
@@ -61,6 +64,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="parts of names, comma-separated")
     parser.add_argument("--all-groups", action="store_true")
     parser.add_argument("--seconds", action="store_true", help="time what has a result")
+    parser.add_argument("--smallest", action="store_true", help="seconds of the smallest images")
     parser.add_argument("--again", action="store_true", help="even if there is a result")
     parser.add_argument("--tool", choices=[*LIMIT_S], help="one tool alone")
     parser.add_argument("--result", default=RESULT, help="name of the file in benchmarks/results")
@@ -72,7 +76,7 @@ def main() -> None:
         _time(networks, chosen)
     elif not chosen.table:
         _run(content, chosen)
-    for name, found in (record.load(SECONDS) or {"networks": {}})["networks"].items():
+    for name, found in _seconds_in(_seconds_file(chosen)).items():
         networks[name] = networks.get(name, {}) | {"timed": found}
     print(summary(networks), end="\n\n")
     print(misses(networks), end="\n\n")
@@ -97,7 +101,7 @@ def _run(content: dict[str, Any], chosen: argparse.Namespace) -> None:
 
 def _time(networks: dict[str, Any], chosen: argparse.Namespace) -> None:
     """Time both tools where they finish."""
-    timed = {} if chosen.again else (record.load(SECONDS) or {"networks": {}})["networks"]
+    timed = {} if chosen.again else _seconds_in(_seconds_file(chosen))
     for case in _prepared():
         row = networks.get(case.name, {})
         tools = [t for t in LIMIT_S if {"trace_s", "seconds"} & row.get(t, {}).keys()]
@@ -105,10 +109,18 @@ def _time(networks: dict[str, Any], chosen: argparse.Namespace) -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "seconds"
-            _in_child(_network_seconds, case, row["edgeprune"]["input"], tools, path)
+            _in_child(_network_seconds, case, row["edgeprune"]["input"] if chosen.smallest else None, tools, path)
             timed[case.name] = json.loads(path.read_text()) if path.exists() else {}
-        record.save(SECONDS, {"networks": timed})
+        record.save(_seconds_file(chosen), {"networks": timed})
         print(case.name, json.dumps(timed[case.name]), flush=True)
+
+
+def _seconds_file(chosen: argparse.Namespace) -> str:
+    return SMALLEST if chosen.smallest else SECONDS
+
+
+def _seconds_in(name: str) -> dict[str, Any]:
+    return dict((record.load(name) or {"networks": {}})["networks"])
 
 
 def _named(name: str, chosen: argparse.Namespace) -> bool:
@@ -159,12 +171,14 @@ def _network(case: Any, tools: Sequence[str], checks: str, folder: Path) -> None
         (folder / f"{tool}.done").replace(folder / tool)
 
 
-def _network_seconds(case: Any, shapes: list[list[int]], tools: Sequence[str], path: Path) -> None:
+def _network_seconds(case: Any, shapes: list[list[int]] | None, tools: Sequence[str], path: Path) -> None:
+    """On an image of the network's own size, or of a known shape."""
     import prunability_child
     import prunability_models
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    model, example = prunability_models.build(case, shapes[0][-1] if shapes else None)
+    side = prunability_models.own_size(case) if shapes is None else shapes[0][-1]
+    model, example = prunability_models.build(case, side)
     path.write_text(json.dumps(prunability_child.timed(tools, model, example)))
 
 
@@ -227,7 +241,9 @@ def seconds(row: dict[str, Any]) -> float | None:
 def ranked(row: dict[str, Any]) -> float | None:
     """How many times Torch-Pruning's seconds are ours where both rank channels by their norm."""
     ours, theirs = (row.get("timed", {}).get(f"{tool}, ranked") for tool in ("edgeprune", "torch-pruning"))
-    return float(theirs["seconds"] / (ours["trace_s"] + ours["cut_s"])) if ours and theirs else None
+    if not ours or not theirs:
+        return None
+    return float(theirs.get("seconds", LIMIT_S["torch-pruning"]) / (ours["trace_s"] + ours["cut_s"]))
 
 
 def theirs_s(row: dict[str, Any]) -> float:

@@ -9,10 +9,12 @@ import copy
 import gc
 import itertools
 import re
+import signal
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from edgeprune.graph import ModelGraph, as_call, trace
 CHECKS = ("some", "all")  # exact groups cut one by one
 CHECK_S = 0.6  # as many groups are cut one by one as fit: each costs about as much as tracing and cutting
 LARGEST_SAMPLE = 6
-ROUNDS = 3
+ROUNDS, LIMIT_S = 3, 20  # of Torch-Pruning, processor seconds of one run
 LONG_S = 2.0  # a round that takes longer is the last
 
 
@@ -129,11 +131,27 @@ def _output_layers(model: nn.Module, example: Any) -> list[str]:
     return [name for name, _ in model.named_modules() if f"{name}.weight" in tensors]
 
 
-def timed(tools: Sequence[str], model: nn.Module, example: Any) -> dict[str, dict[str, float]]:
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError after so many processor seconds."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def timed(tools: Sequence[str], model: nn.Module, example: Any) -> dict[str, dict[str, Any]]:
     """The least seconds of each tool over a few rounds in which they take turns; also where channels are ranked."""
     warnings.simplefilter("ignore")
     makers = _output_layers(model, example)
-    best: dict[str, dict[str, float]] = {}
+    best: dict[str, dict[str, Any]] = {}
     for _ in range(ROUNDS):
         spent = 0.0
         for tool, ranked in itertools.product(tools, (False, True)):
@@ -144,7 +162,11 @@ def timed(tools: Sequence[str], model: nn.Module, example: Any) -> dict[str, dic
                 took = _traced_and_cut(subject, example, ranked)[2]
             else:
                 try:
-                    took = {"seconds": _torch_pruned_s(subject, example, makers, ranked)}
+                    with _limited(LIMIT_S):
+                        took = {"seconds": _torch_pruned_s(subject, example, makers, ranked)}
+                except TimeoutError:
+                    best[name], spent = {"outcome": "limit"}, LONG_S + LIMIT_S
+                    continue
                 except Exception:  # it fails on some networks where it ranks: those have no second time, see the table
                     if not ranked:
                         raise

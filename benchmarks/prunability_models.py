@@ -92,8 +92,28 @@ def cases() -> Iterator[Case]:
     yield from (Case(f"torchvision:{name}", "torchvision classification") for name in LAST)
 
 
+def own_size(case: Case) -> int | None:
+    """The side of the images that its published weights are judged at; None where there are none, as for awkward nets.
+
+    Detectors resize to the side that a user chooses: here 320, as the smallest of them do.
+    """
+    origin, _, name = case.name.partition(":")
+    if origin == "awkward":
+        return None
+    if origin == "timm":
+        import timm
+
+        return int(timm.get_pretrained_cfg(name, allow_unregistered=False).input_size[-1])
+    if case.kind == "torchvision detection":
+        return 320
+    from torchvision import models
+
+    judged = models.get_model_weights(name).DEFAULT.transforms()
+    return int((judged.crop_size if hasattr(judged, "crop_size") else judged.resize_size)[0])
+
+
 def build(case: Case, known: int | None = None) -> tuple[nn.Module, Any]:
-    """The network in evaluation mode and one example input; `known` is the smallest size of image, if it is known."""
+    """The network in evaluation mode and one example input; `known` is the side of the image, if not the smallest."""
     sizes = SIZES if known is None else [known]
     torch.manual_seed(0)
     origin, _, name = case.name.partition(":")

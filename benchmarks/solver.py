@@ -6,8 +6,8 @@
     python benchmarks/solver.py steps        what the plans of each solver take as they come, without a second try
     python benchmarks/solver.py table        print what there is
 
-Every network is a result file of its own: what exists is not done again. OpenVINO f32 on one thread; weights are
-random, so no accuracy is stated; scores are SP-LAMP.
+Every network is a result file of its own, and every budget of `compress` a row of it: what exists is not done again.
+OpenVINO f32 on one thread; weights are random, so no accuracy is stated; scores are SP-LAMP.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from edgeprune.target import Target, open_target
 from edgeprune.watch import Silent
 
 SOLVED = ("ResNet-50", "MobileNetV2", "EfficientNet-B0", "DenseNet-121")
-SHARES = (0.8, 0.6, 0.4)
+SHARES, FLOOR = (0.8, 0.6, 0.4), "floor"
 STEPS = (1, 5, 30)
 PATIENCE_S = 600.0  # in all, for a busy machine to become calm
 SESSIONS = 3  # of the last measurement; the median counts
@@ -60,19 +60,26 @@ def main() -> None:
     elif asked.what == "figures":
         _each(asked.networks or SOLVED, "solver/figures", figures)
     elif asked.what == "compress":
-        _each(asked.networks or tuple(NETWORKS), "solver/compress", compress)
+        _with_target(compress, asked.networks or SOLVED)
     elif asked.what == "steps":
         _each(asked.networks or SOLVED, "solver/steps", steps)
     print_tables()
 
 
-def _each(names: list[str] | tuple[str, ...], folder: str, do: Any) -> None:
+def _each(names: Sequence[str], folder: str, do: Callable[[Network, Target], dict[str, Any]]) -> None:
+    def one(name: str, target: Target) -> None:
+        if record.load(f"{folder}-{name}") is None:
+            print(f"{folder}: {name}", flush=True)
+            record.save(f"{folder}-{name}", do(NETWORKS[name], target))
+
+    _with_target(one, names)
+
+
+def _with_target(do: Callable[[str, Target], None], names: Sequence[str]) -> None:
     target = open_target("cpu", {})
     try:
         for name in names:
-            if record.load(f"{folder}-{name}") is None:
-                print(f"{folder}: {name}", flush=True)
-                record.save(f"{folder}-{name}", do(NETWORKS[name], target))
+            do(name, target)
     finally:
         target.close()
 
@@ -207,43 +214,44 @@ def _calibrated(network: Network, target: Target) -> Iterator[tuple[Bench, Costs
         yield bench, costs, scores, start
 
 
-def compress(network: Network, target: Target) -> dict[str, Any]:
-    """Cut without training; the last word is a measurement of its own, of all the networks in turn."""
-    with _calibrated(network, target) as (bench, costs, scores, start):
-        budgets = {str(share): share * start.dense_ms for share in SHARES}
-        floor = importance.best(scores, start.floor.units)
-        again = statistics.median(bench.time([floor], settled=True)[0] for _ in range(SESSIONS))
-        budgets["floor"] = FLOOR_ROOM * max(again, start.floor.measured_ms)
-        chosen = {}
-        for name, budget in budgets.items():
-            chosen[name] = found = planning.meet([Aim(bench, costs, budget)], scores, allocate.solve, Silent())
-            tried = ", ".join(f"{a.measured_ms / budget - 1:+.1%}" for a in found.attempts)
-            dense = bench.dense_ms[-1] / bench.reference_ms - 1
-            print(f"{name}: {tried}; dense network {dense:+.1%}, copies {bench.noise_of([budget]):.2%}", flush=True)
-        sessions = [bench.time([c.keep for c in chosen.values()], settled=True) for _ in range(SESSIONS)]
-    rows = []
-    for at, (name, plan) in enumerate(chosen.items()):
-        measured = sorted(session[at] for session in sessions)
-        rows.append(
-            {
-                "budget": name,
-                "budget_ms": budgets[name],
-                "measured_ms": measured[SESSIONS // 2],
-                "sessions_ms": measured,
-                "predicted_ms": plan.plan.predicted_ms,
-                "attempts": len(plan.attempts),
-                "attempts_ms": [tried.measured_ms for tried in plan.attempts],
-                "note": plan.note,
-            }
-        )
-        print(name, f"{measured[SESSIONS // 2] / budgets[name] - 1:+.2%}", flush=True)
+def compress(name: str, target: Target) -> None:
+    """Cut without training to every budget that has no row yet; the last word is a measurement of its own."""
+    rows = (record.load(f"solver/compress-{name}") or {"rows": []})["rows"]
+    missing = [budget for budget in (*map(str, SHARES), FLOOR) if budget not in {row["budget"] for row in rows}]
+    if not missing:
+        return
+    with _calibrated(NETWORKS[name], target) as (bench, costs, scores, start):
+        for budget in missing:
+            ms = _floor_ms(bench, scores, start) if budget == FLOOR else float(budget) * start.dense_ms
+            print(name, budget, flush=True)
+            rows.append({"budget": budget, **_met(bench, costs, scores, ms)})
+            record.save(f"solver/compress-{name}", {"rows": rows})
+
+
+def _floor_ms(bench: Bench, scores: Importance, start: Preflight) -> float:
+    floor = importance.best(scores, start.floor.units)
+    again = statistics.median(bench.time([floor], settled=True)[0] for _ in range(SESSIONS))
+    return FLOOR_ROOM * max(again, start.floor.measured_ms)
+
+
+def _met(bench: Bench, costs: Costs, scores: Importance, budget: float) -> dict[str, Any]:
+    found = planning.meet([Aim(bench, costs, budget)], scores, allocate.solve, Silent())
+    measured = sorted(bench.time([found.keep], settled=True)[0] for _ in range(SESSIONS))
+    tried = ", ".join(f"{a.measured_ms / budget - 1:+.1%}" for a in found.attempts)
+    print(f"tried {tried}; in the end {measured[SESSIONS // 2] / budget - 1:+.2%}", flush=True)
     return {
-        "dense_ms": start.dense_ms,
-        "dense_sessions_ms": bench.dense_ms,
-        "floor_ms": start.floor.measured_ms,
-        "noise": bench.noise,
-        "error": {name: bench.error_of(budget) for name, budget in budgets.items()},
-        "rows": rows,
+        "budget_ms": budget,
+        "measured_ms": measured[SESSIONS // 2],
+        "sessions_ms": measured,
+        "predicted_ms": found.plan.predicted_ms,
+        "attempts": len(found.attempts),
+        "attempts_ms": [attempt.measured_ms for attempt in found.attempts],
+        "note": found.note,
+        "dense_ms": bench.reference_ms,
+        "dense_sessions_ms": bench.dense_ms[:],
+        "noise": bench.noise_of(budget),
+        "error": bench.error_of(budget),
+        "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 

@@ -38,7 +38,7 @@ TRIES = 6
 UNUSED = 0.03  # of a budget, at most: a plan further below it is improved
 CLOSE = 0.0075  # a plan is this far under its budget, at least: what its next measurement may differ by ...
 NOISY = 3.5  # ... or this many times the error of a measurement, where that is more ...
-ALIKE = 16  # spreads, of the networks nearest in latency, say how far copies lie apart
+ALIKE, TIMES = 16, 2.0  # spreads tell how far copies lie apart: the nearest in latency, up to so many times it
 MIDDLE = math.sqrt(math.log(2))  # of the true spread is the middle one of many that three copies show
 PLAIN = 2.0  # a network this many times its error away from where it should be is not measured on
 CALL_MS = 0.0008  # ... or this, by which calling the runtime differs from one session to the next
@@ -102,20 +102,25 @@ class Bench:
     @property
     def noise(self) -> float:
         """How far copies of any one network lie apart; one that was disturbed does not count."""
-        return _middle(self.spreads)
+        return statistics.median(spread for _, spread in self.spreads) if self.spreads else 0.0
 
-    def noise_of(self, networks_ms: Sequence[float]) -> float:
-        """The same of the dense network and these, root mean square: small networks' copies lie further apart."""
-        return self._alike((self.dense_ms[-1], *networks_ms), self.spreads)
+    def noise_of(self, network_ms: float) -> float:
+        """The same of the dense network and one of this latency, root mean square: it is more for small ones."""
+        return self._alike(network_ms, self.spreads)
 
-    def _alike(self, networks_ms: Sequence[float], seen: Sequence[tuple[float, float]]) -> float:
-        """By those that were seen of about their latency."""
-        nearest = [sorted(seen, key=lambda one: abs(math.log(one[0] / ms)))[:ALIKE] for ms in networks_ms]
-        return math.sqrt(statistics.fmean(_middle(some) ** 2 for some in nearest))
+    def _alike(self, network_ms: float, seen: Sequence[tuple[float, float]]) -> float:
+        """By those that were seen of about their latency, or come nearest to it."""
+        found = []
+        for ms in (self.dense_ms[-1], network_ms):
+            times = [(max(one / ms, ms / one), spread) for one, spread in seen]
+            nearest = sorted(times, key=lambda one: one[0])[:ALIKE]
+            like = [one for one in nearest if one[0] <= TIMES] or nearest
+            found.append(statistics.median(spread for _, spread in like) if like else 0.0)
+        return math.hypot(*found) / math.sqrt(2)
 
     def error_of(self, network_ms: float) -> float:
         """Of a settled measurement, relative: the more the copies differ, the more of them it takes."""
-        noise = self.noise_of([network_ms])
+        noise = self.noise_of(network_ms)
         return measure.error(noise, measure.COPIES * measure.sessions(noise))
 
     def time(self, keeps: Sequence[Keep], progress: Progress = unwatched, settled: bool = False) -> list[float]:
@@ -171,7 +176,7 @@ class Bench:
                 self.patience_s -= time.monotonic() - began
             if settled and self.patient and calm:
                 seen = [*self.spreads, *_spreads(calm)]
-                noise = self._alike([timing.median_ms for timing in calm[-1]], seen)
+                noise = max(self._alike(timing.median_ms, seen) for timing in calm[-1])
                 wanted = measure.sessions(noise)
                 if between and self._outside(calm, between, noise):
                     break
@@ -195,10 +200,6 @@ def _spreads(sessions: Sequence[Sequence[Timing]]) -> list[tuple[float, float]]:
     return [(timing.median_ms, measure.spread([timing]) / MIDDLE) for timings in sessions for timing in timings]
 
 
-def _middle(spreads: Sequence[tuple[float, float]]) -> float:
-    return statistics.median(spread for _, spread in spreads) if spreads else 0.0
-
-
 @dataclass(frozen=True, eq=False)
 class Aim:
     """A latency to reach on a target."""
@@ -219,8 +220,11 @@ def preflight(
         bench.spreads.append((found.dense_ms, found.noise))
     else:
         units = [dict(allocate.floor(costs).widths), *measure.samples(costs.candidates, SAMPLES, seed)]
-        with watch.stage("time the floor, the dense network and some between") as progress:
-            measured = bench.time([importance.best(scores, u) for u in units], progress, settled=True)
+        floor, *others = [importance.best(scores, u) for u in units]
+        with watch.stage("time the dense network and the floor") as progress:
+            measured = bench.time([floor], progress, settled=True)
+        with watch.stage("time some networks between") as progress:  # they correct predictions: one session will do
+            measured += bench.time(others, progress)
         networks = tuple(Measured(u, costs.predict_ms(u), ms) for u, ms in zip(units, measured, strict=True))
         found = Preflight(bench.reference_ms, bench.noise, networks[0], networks)
         run.write("preflight.json", PREFLIGHT, found)

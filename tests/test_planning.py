@@ -139,9 +139,10 @@ def test_where_copies_differ_more_a_settled_measurement_takes_more_of_them(
 def test_a_network_is_as_uncertain_as_those_of_about_its_latency() -> None:
     bench = Copies(0.0, np.random.Generator(np.random.PCG64(0)))
     bench.spreads = [(10.0, 0.003), (5.0, 0.004), (0.5, 0.02)] * 20
-    assert bench.noise_of([4.0]) == pytest.approx(math.hypot(0.003, 0.004) / 2**0.5)
-    assert bench.noise_of([1.0]) == pytest.approx(math.hypot(0.003, 0.02) / 2**0.5)
-    assert bench.error_of(4.0) < bench.error_of(1.0)
+    assert bench.noise_of(4.0) == pytest.approx(math.hypot(0.003, 0.004) / 2**0.5)
+    assert bench.noise_of(0.9) == pytest.approx(math.hypot(0.003, 0.02) / 2**0.5)
+    assert bench.error_of(4.0) < bench.error_of(0.9)
+    assert bench.noise_of(0.01) == bench.noise_of(0.9)
 
 
 @pytest.mark.parametrize(("between", "sessions"), [((4.9, 5.1), 8), ((5.0, 9.0), 8), ((5.4, 6.0), 1), ((4.0, 4.6), 1)])
