@@ -45,7 +45,7 @@ from typing import Any
 
 import record
 
-MEMORY_BYTES = 10 << 30
+MEMORY_BYTES = {"edgeprune": 16 << 30, "torch-pruning": 10 << 30}  # edgeprune's holds dense, cut and masked networks
 LIMIT_S = {"edgeprune": 200, "torch-pruning": 20}  # processor seconds; edgeprune's hold the checks too
 WALL_S = 1200.0
 TOLERANCE = 1e-5
@@ -94,7 +94,7 @@ def _run(content: dict[str, Any], chosen: argparse.Namespace) -> None:
             _in_child(_network, case, tools, checks, Path(folder))
             row |= {t: json.loads((Path(folder) / t).read_text()) for t in tools if (Path(folder) / t).exists()}
         content["networks"][case.name] = row
-        content["limit_s"] = LIMIT_S
+        content |= {"limit_s": LIMIT_S, "memory_bytes": MEMORY_BYTES}
         record.save(chosen.result, {k: v for k, v in content.items() if k not in ("machine", "at")})
         print(case.name, json.dumps(row)[:500], flush=True)
 
@@ -190,8 +190,8 @@ def _watched(tool: str, model: Any, example: Any, checks: str, path: Path) -> di
     while process.is_alive():
         process.join(0.1)
         peak = max(peak, _resident_bytes(process.pid))
-        if peak > MEMORY_BYTES:
-            why = f"took more than {MEMORY_BYTES >> 30} GiB of memory"
+        if peak > MEMORY_BYTES[tool]:
+            why = f"took more than {MEMORY_BYTES[tool] >> 30} GiB of memory"
         elif time.monotonic() - began > WALL_S:
             why = f"took more than {WALL_S:.0f} s"
         if why:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,8 +43,8 @@ SOLVED = ("ResNet-50", "MobileNetV2", "EfficientNet-B0", "DenseNet-121")
 SHARES, FLOOR = (0.8, 0.6, 0.4), "floor"
 STEPS = (1, 5, 30)
 PATIENCE_S = 600.0  # in all, for a busy machine to become calm
-SESSIONS = 3  # of the last measurement; the median counts
-FLOOR_ROOM = 1.02  # the budget at the floor: as measured first, or in as many sessions, and what these may differ by
+SESSIONS = 3  # measurements in the end; the median counts
+FLOOR_ROOM = 1.02  # the budget at the floor, in floors
 
 
 def main() -> None:
@@ -222,16 +221,10 @@ def compress(name: str, target: Target) -> None:
         return
     with _calibrated(NETWORKS[name], target) as (bench, costs, scores, start):
         for budget in missing:
-            ms = _floor_ms(bench, scores, start) if budget == FLOOR else float(budget) * start.dense_ms
+            ms = FLOOR_ROOM * start.floor.measured_ms if budget == FLOOR else float(budget) * start.dense_ms
             print(name, budget, flush=True)
             rows.append({"budget": budget, **_met(bench, costs, scores, ms)})
             record.save(f"solver/compress-{name}", {"rows": rows})
-
-
-def _floor_ms(bench: Bench, scores: Importance, start: Preflight) -> float:
-    floor = importance.best(scores, start.floor.units)
-    again = statistics.median(bench.time([floor], settled=True)[0] for _ in range(SESSIONS))
-    return FLOOR_ROOM * max(again, start.floor.measured_ms)
 
 
 def _met(bench: Bench, costs: Costs, scores: Importance, budget: float) -> dict[str, Any]:
