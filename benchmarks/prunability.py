@@ -179,7 +179,7 @@ def _network_seconds(case: Any, shapes: list[list[int]] | None, tools: Sequence[
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     side = prunability_models.own_size(case) if shapes is None else shapes[0][-1]
     model, example = prunability_models.build(case, side)
-    path.write_text(json.dumps(prunability_child.timed(tools, model, example)))
+    path.write_text(json.dumps(prunability_child.timed(tools, model, example, LIMIT_S["torch-pruning"])))
 
 
 def _watched(tool: str, model: Any, example: Any, checks: str, path: Path) -> dict[str, Any]:

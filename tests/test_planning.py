@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from edgeprune.allocate import Costs
 from edgeprune.errors import UnreachableBudget, UsageError
 from edgeprune.planning import Aim, Bench
 from edgeprune.records import Keep, Timing
+from edgeprune.runs import Run
 from edgeprune.watch import Silent
 
 NOISE = 0.02
@@ -158,6 +160,39 @@ def test_a_network_that_is_plainly_off_is_not_measured_on(
         bench.timed([None], settled=True, between=between)
         held.append(bench.sessions)
     assert np.median(held) == sessions
+
+
+class Loaded(Copies):
+    """Any number of networks; knows how many there were in each session."""
+
+    def __init__(self) -> None:
+        super().__init__(0.03, np.random.Generator(np.random.PCG64(0)))
+        self.reference_ms, self.dense_ms, self.held = 0.0, [], list[int]()
+
+        self.target: Any = SimpleNamespace(time=self.visited)
+
+    @contextmanager
+    def built(self, keeps: Sequence[Keep], progress: Any = None) -> Iterator[list[Any]]:
+        yield list(keeps)
+
+    time = Bench.time
+
+    def visited(self, items: Sequence[Any], *bounds: float) -> list[Timing]:
+        self.held.append(len(items) // measure.COPIES)
+        each = [(10.0 if item is self else 5.0) * self.draw.normal(1, self.apart) for item in items]
+        return [Timing(ms, ms, ms, 1, (ms,), 0.0) for ms in each]
+
+
+def test_the_floor_is_timed_until_it_is_settled_and_what_only_corrects_predictions_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "DISTURBED", 10.0)
+    _, costs, scores = made_up(Residual(), choices=8)
+    bench = Loaded()
+    start, _ = planning.preflight(bench, costs, scores, Run(tmp_path), Silent(), seed=0)
+    assert bench.held == [2] * measure.SESSIONS + [1 + planning.SAMPLES]
+    assert dict(start.floor.units) == dict(allocate.floor(costs).widths)
+    assert start.floor.measured_ms / start.dense_ms == pytest.approx(0.5, rel=0.04)
 
 
 class Clock:
