@@ -101,6 +101,8 @@ def _run(content: dict[str, Any], chosen: argparse.Namespace) -> None:
 
 def _time(networks: dict[str, Any], chosen: argparse.Namespace) -> None:
     """Time both tools where they finish."""
+    from prunability_models import own_size
+
     timed = {} if chosen.again else _seconds_in(_seconds_file(chosen))
     for case in _prepared():
         row = networks.get(case.name, {})
@@ -109,7 +111,7 @@ def _time(networks: dict[str, Any], chosen: argparse.Namespace) -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "seconds"
-            _in_child(_network_seconds, case, row["edgeprune"]["input"] if chosen.smallest else None, tools, path)
+            _in_child(_network_seconds, case, None if chosen.smallest else own_size(case), tools, path)
             timed[case.name] = json.loads(path.read_text()) if path.exists() else {}
         record.save(_seconds_file(chosen), {"networks": timed})
         print(case.name, json.dumps(timed[case.name]), flush=True)
@@ -171,13 +173,12 @@ def _network(case: Any, tools: Sequence[str], checks: str, folder: Path) -> None
         (folder / f"{tool}.done").replace(folder / tool)
 
 
-def _network_seconds(case: Any, shapes: list[list[int]] | None, tools: Sequence[str], path: Path) -> None:
-    """On an image of the network's own size, or of a known shape."""
+def _network_seconds(case: Any, side: int | None, tools: Sequence[str], path: Path) -> None:
+    """On an image of this side, or the smallest."""
     import prunability_child
     import prunability_models
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    side = prunability_models.own_size(case) if shapes is None else shapes[0][-1]
     model, example = prunability_models.build(case, side)
     path.write_text(json.dumps(prunability_child.timed(tools, model, example, LIMIT_S["torch-pruning"])))
 
