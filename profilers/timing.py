@@ -14,6 +14,7 @@ import numpy as np
 
 MIN_VISIT_S = 0.0005  # a visit repeats a run until the clock can resolve it
 RUNS_PER_VISIT = 3
+OFTEN, SHARE, SHORT_S = 4, 0.25, 0.01  # see `_times_a_round`
 PREEMPTED = 0.95  # processor time / wall time of a run below this: something else ran on our processor
 
 
@@ -52,18 +53,34 @@ def visited_in_turn(
     """The same for what times itself: each gives seconds, whether it was undisturbed, and how often it ran."""
     order = np.random.RandomState(seed)
     visits: list[list[tuple[float, bool]]] = [[] for _ in visit]  # (milliseconds, undisturbed)
-    counts = [0] * len(visit)
+    counts, took_s = [0] * len(visit), [0.0] * len(visit)
+    often: list[int] = []  # a round; known after the first one
     began = time.perf_counter()
     while True:
+        times = often or [1] * len(visit)
         late = time.perf_counter() - began > budget_s
-        open_ = [i for i in range(len(visit)) if _wants_more(visits[i], least, most, interval, late)]
+        bounds = [[1 + (rounds - 1) * n for rounds in (least, most)] for n in times]  # the first round had one visit
+        open_ = [i for i, v in enumerate(visits) if _wants_more(v, *bounds[i], interval, late)]
         if not open_:
             break
-        for i in order.permutation(open_):
+        for i in order.permutation(np.repeat(open_, [times[i] for i in open_])):
+            start = time.perf_counter()
             seconds, clean, ran = visit[i]()
+            took_s[i] = time.perf_counter() - start
             counts[i] += ran
             visits[i].append((seconds * 1000.0, clean))
+        often = often or _times_a_round(took_s)
     return [summary(_kept(v, least), counts[i], sum(not clean for _, clean in v)) for i, v in enumerate(visits)]
+
+
+def _times_a_round(took_s: Sequence[float]) -> list[int]:
+    """How often to visit each, by how long that takes: what is fast beside something slow, several times.
+
+    What disturbs a machine comes and goes within a second; a fast one would see little of it, and another part each
+    time. Short visits count as SHORT_S; all of one's together take at most SHARE of the longest.
+    """
+    longest_s = max(took_s, default=0.0)
+    return [min(max(int(SHARE * longest_s / max(one_s, SHORT_S)), 1), OFTEN) for one_s in took_s]
 
 
 def take_off(found: dict[str, Any], call_ms: float) -> None:

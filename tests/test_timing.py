@@ -94,6 +94,24 @@ def test_things_in_turn_are_visited_equally_often_and_one_that_is_sure_no_more(p
     assert visited.count("noisy") == LIMITS["most"]
 
 
+def test_beside_something_slow_what_is_fast_is_visited_several_times_a_round(processor: Processor) -> None:
+    """But takes no more than a quarter of its time, and a visit of less than 10 ms counts as one of 10."""
+    visited: list[float] = []
+
+    def of(ms: float) -> tuple[float, bool, int]:
+        visited.append(ms)
+        processor.run(ms / 1e3, 0.0)
+        return ms / 1e3, True, 4
+
+    found = timing.visited_in_turn([partial(of, ms) for ms in (200.0, 100.0, 20.0, 5.0, 0.1)], 7, 60, 0.01, 60.0)
+    assert [len(one["samples_ms"]) for one in found] == [7, 7, 13, 25, 25]
+    rounds = [visited[:5]] + [visited[at : at + 12] for at in range(5, len(visited), 12)]
+    assert all(sorted(one) == sorted([200.0, 100.0] + 2 * [20.0] + 4 * [5.0] + 4 * [0.1]) for one in rounds[1:-1])
+    visited.clear()
+    timing.visited_in_turn([partial(of, ms) for ms in (39.0, 0.1)], 7, 60, 0.01, 60.0)
+    assert visited.count(39.0) == visited.count(0.1) == 7
+
+
 def half_width(samples: Sequence[float]) -> float:
     """Of the 95 % interval of the median of normal samples, relative: 1.96 standard errors, each sqrt(pi / 2) times
     that of the mean; the deviation from the median absolute one, of which a normal one has 0.6745."""
