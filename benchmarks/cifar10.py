@@ -36,11 +36,11 @@ from torch import nn
 
 from edgeprune import allocate, data, finetune, importance, measure, model, planning, store, surgery, widths
 from edgeprune.allocate import Costs
+from edgeprune.bench import Bench
 from edgeprune.config import DataSection
 from edgeprune.finetune import Settings
 from edgeprune.graph import ModelGraph, trace
 from edgeprune.importance import Importance
-from edgeprune.planning import Bench
 from edgeprune.records import Artifact
 from edgeprune.target import open_target
 

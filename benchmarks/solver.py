@@ -29,9 +29,10 @@ from networks import NETWORKS, Network
 
 from edgeprune import allocate, importance, knapsack, measure, planning, store, widths
 from edgeprune.allocate import Costs
+from edgeprune.bench import Bench
 from edgeprune.graph import ModelGraph, trace
 from edgeprune.importance import Importance
-from edgeprune.planning import Aim, Bench, Preflight
+from edgeprune.planning import Aim, Preflight
 from edgeprune.polish import polished
 from edgeprune.records import Fingerprint, LayerShape, Timing
 from edgeprune.runs import Run
@@ -241,6 +242,7 @@ def _met(bench: Bench, costs: Costs, scores: Importance, budget: float) -> dict[
         "attempts_ms": [attempt.measured_ms for attempt in found.attempts],
         "note": found.note,
         "dense_ms": bench.reference_ms,
+        "floor_ms": bench.floor_ms,
         "dense_sessions_ms": bench.dense_ms[:],
         "noise": bench.noise_of(budget),
         "error": bench.error_of(budget),

@@ -13,9 +13,10 @@ from torch import nn
 
 from . import allocate, measure, planning, runs, verify, widths
 from .allocate import Costs
+from .bench import Bench
 from .config import INTERVAL, CompressSection
 from .graph import Example, ModelGraph, trace
-from .planning import Bench, Preflight
+from .planning import Preflight
 from .records import FrozenChannels, LayerRow, Operators, VerifyReport
 from .runs import Run
 from .store import Store

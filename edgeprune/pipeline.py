@@ -30,11 +30,12 @@ from . import (
 )
 from .allocate import Costs
 from .asked import Asked
+from .bench import Bench
 from .config import INTERVAL
 from .finetune import load_state, read_tensors, save_tensors
 from .graph import Example, ModelGraph, trace
 from .importance import Importance
-from .planning import Aim, Bench, Chosen
+from .planning import Aim, Chosen
 from .records import Budget, Keep, VerifyReport
 from .runs import Run
 from .search import Subject

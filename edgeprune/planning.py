@@ -1,36 +1,26 @@
 """Plans that hold on the device: whole networks are built and timed before anything is trained.
 
 Predictions come from single layers. The floor, the plan and a few networks between them are exported and measured end
-to end, in turn with the dense one; the prediction is corrected by them, and a plan that misses is solved again.
+to end, in turn with the dense one and the floor; the prediction is corrected by them, and a plan that misses is solved
+again.
 """
 
 from __future__ import annotations
 
-import math
-import shutil
 import statistics
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from torch import nn
-
-from . import allocate, importance, measure, surgery
+from . import allocate, importance, measure
 from .allocate import Allocator, Costs
+from .bench import DISTURBED, Bench
 from .errors import BudgetError, UnreachableBudget
-from .graph import ModelGraph
 from .importance import Importance
 from .limits import Limit, size_limit
-from .records import Artifact, Budget, Keep, Plan, Progress, Timing
+from .records import Budget, Keep, Plan
 from .runs import Run, as_record
-from .target import Target
 from .verify import WASTE, budget_ms
-from .watch import Watch, unwatched
+from .watch import Watch
 
 PREFLIGHT = "edgeprune.preflight/1"
 SAMPLES = 4  # networks between the floor and the dense one that calibrate the prediction
@@ -38,14 +28,7 @@ TRIES = 6
 UNUSED = 0.03  # of a budget, at most: a plan further below it is improved
 CLOSE = 0.0075  # a plan is this far under its budget, at least: what its next measurement may differ by ...
 NOISY = 3.5  # ... or this many times the error of a measurement, where that is more ...
-ALIKE, TIMES = 16, 2.0  # spreads tell how far copies lie apart: the nearest in latency, up to so many times it
-MIDDLE = math.sqrt(math.log(2))  # of the true spread is the middle one of many that three copies show
-PLAIN = 2.0  # a network this many times its error away from where it should be is not measured on
 CALL_MS = 0.0008  # ... or this, by which calling the runtime differs from one session to the next
-DISTURBED = 0.015  # a session in which the dense network is slower than this over the calm ones is held again, ...
-CALM = 25  # ... the fastest quarter of all sessions, in percent, ...
-AGAIN = 2  # ... at most this many of a measurement, and as long as there is patience
-SESSION_S = 6.0
 
 
 @dataclass(frozen=True)
@@ -79,127 +62,6 @@ class Chosen:
     others_ms: tuple[float, ...] = ()  # measured on further targets, in their order
 
 
-class Bench:
-    """Exports cut networks and times them in turn with the dense one, relative to its first latency."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        graph: ModelGraph,
-        target: Target,
-        folder: Path,
-        calibration: Sequence[NDArray[Any]] = (),
-    ) -> None:
-        self.model, self.graph, self.target, self.folder = model, graph, target, folder
-        self.calibration = calibration
-        self.dense = self.export(model, folder / "dense")
-        self.reference_ms = 0.0
-        self.dense_ms: list[float] = []  # in each session, disturbed or not
-        self.spreads: list[tuple[float, float]] = []  # (ms, between copies) of each network in a session that counted
-        self.patience_s = measure.patience_s()  # that is left for disturbed sessions
-        self.patient = self.patience_s > 0  # without any, each measurement is one session
-
-    @property
-    def noise(self) -> float:
-        """How far copies of any one network lie apart; one that was disturbed does not count."""
-        return statistics.median(spread for _, spread in self.spreads) if self.spreads else 0.0
-
-    def noise_of(self, network_ms: float) -> float:
-        """The same of the dense network and one of this latency, root mean square: it is more for small ones."""
-        return self._alike(network_ms, self.spreads)
-
-    def _alike(self, network_ms: float, seen: Sequence[tuple[float, float]]) -> float:
-        """By those that were seen of about their latency, or come nearest to it."""
-        found = []
-        for ms in (self.dense_ms[-1], network_ms):
-            times = [(max(one / ms, ms / one), spread) for one, spread in seen]
-            nearest = sorted(times, key=lambda one: one[0])[:ALIKE]
-            like = [one for one in nearest if one[0] <= TIMES] or nearest
-            found.append(statistics.median(spread for _, spread in like) if like else 0.0)
-        return math.hypot(*found) / math.sqrt(2)
-
-    def error_of(self, network_ms: float) -> float:
-        """Of a settled measurement, relative: the more the copies differ, the more of them it takes."""
-        noise = self.noise_of(network_ms)
-        return measure.error(noise, measure.COPIES * measure.sessions(noise))
-
-    def time(self, keeps: Sequence[Keep], progress: Progress = unwatched, settled: bool = False) -> list[float]:
-        """Milliseconds of each cut network, as if the dense one took `reference_ms` as it did at first."""
-        with self.built(keeps, progress) as artifacts:
-            return self.timed(artifacts, settled)
-
-    @contextmanager
-    def built(self, keeps: Sequence[Keep], progress: Progress = unwatched) -> Iterator[list[Artifact]]:
-        """The cut networks as files, for as long as they are needed. Timing them is the last part of the progress."""
-        folders = [self.folder / f"plan-{at}" for at in range(len(keeps))]
-        try:
-            artifacts = []
-            for at, (keep, folder) in enumerate(zip(keeps, folders, strict=True)):
-                progress(at, len(keeps) + 1)
-                artifacts.append(self.export(surgery.cut(self.model, self.graph, keep), folder))
-            progress(len(keeps), len(keeps) + 1)
-            yield artifacts
-        finally:
-            for folder in folders:
-                shutil.rmtree(folder, ignore_errors=True)
-
-    def export(self, module: nn.Module, folder: Path) -> Artifact:
-        return self.target.export(module, self.graph.example, folder, self.calibration)
-
-    @property
-    def calm_ms(self) -> float:
-        """What the dense network takes where nothing disturbs it, as far as was seen."""
-        return float(np.percentile(self.dense_ms, CALM)) if self.dense_ms else math.inf
-
-    def timed(
-        self, artifacts: Sequence[Artifact], settled: bool = False, between: tuple[float, float] | None = None
-    ) -> list[float]:
-        """In one session or, settled, in as many as the copies' spread asks for; their median.
-
-        Disturbed sessions, in which the dense network is slower than it was, are held again. What disturbs one network
-        disturbs another less or more: dividing by the dense one does not undo it.
-
-        Args:
-            artifacts: what is timed beside the dense network.
-            settled: until it is as certain as it can become.
-            between: ms; as soon as it is plain that no network lies there, no more sessions are held.
-        """
-        held: list[list[Timing]] = []
-        calm: list[list[Timing]] = []
-        wanted = 1
-        while len(calm) < wanted and (len(held) < wanted + AGAIN * self.patient or self.patience_s > 0):
-            began = time.monotonic()
-            held.append(measure.time_networks([self.dense, *artifacts], self.target, SESSION_S))
-            self.dense_ms.append(held[-1][0].median_ms)
-            calm = [timings for timings in held if timings[0].median_ms <= self.calm_ms * (1 + DISTURBED)]
-            if held[-1] not in calm:
-                self.patience_s -= time.monotonic() - began
-            if settled and self.patient and calm:
-                seen = [*self.spreads, *_spreads(calm)]
-                noise = max(self._alike(timing.median_ms, seen) for timing in calm[-1])
-                wanted = measure.sessions(noise)
-                if between and self._outside(calm, between, noise):
-                    break
-        counted = calm or [min(held, key=lambda timings: timings[0].median_ms)]
-        self.spreads += _spreads(counted)
-        self.reference_ms = self.reference_ms or statistics.median(dense.median_ms for dense, *_ in counted)
-        return self._found_ms(counted)
-
-    def _found_ms(self, sessions: Sequence[Sequence[Timing]]) -> list[float]:
-        shares = [[timing.median_ms / dense.median_ms for timing in cut] for dense, *cut in sessions]
-        return [self.reference_ms * statistics.median(of_one) for of_one in zip(*shares, strict=True)]
-
-    def _outside(self, sessions: Sequence[Sequence[Timing]], between: tuple[float, float], noise: float) -> bool:
-        """Whether every network is further from there than two measurements that lie `noise` apart are uncertain."""
-        unsure = PLAIN * math.sqrt(2) * measure.error(noise, measure.COPIES * len(sessions))
-        low, high = between[0] * (1 - unsure), between[1] * (1 + unsure)
-        return not any(low <= ms <= high for ms in self._found_ms(sessions))
-
-
-def _spreads(sessions: Sequence[Sequence[Timing]]) -> list[tuple[float, float]]:
-    return [(timing.median_ms, measure.spread([timing]) / MIDDLE) for timings in sessions for timing in timings]
-
-
 @dataclass(frozen=True, eq=False)
 class Aim:
     """A latency to reach on a target."""
@@ -215,16 +77,14 @@ def preflight(
     """Measure the floor and some networks between, and correct the predictions by them. Kept in the run folder."""
     if run.has("preflight.json"):
         found = as_record(Preflight, run.read("preflight.json", PREFLIGHT))
-        bench.reference_ms = found.dense_ms
-        bench.dense_ms.append(found.dense_ms)
-        bench.spreads.append((found.dense_ms, found.noise))
+        bench.refer(found.dense_ms, found.noise, importance.best(scores, found.floor.units), found.floor.measured_ms)
     else:
         units = [dict(allocate.floor(costs).widths), *measure.samples(costs.candidates, SAMPLES, seed)]
         floor, *others = [importance.best(scores, u) for u in units]
-        with watch.stage("time the dense network and the floor") as progress:
-            measured = bench.time([floor], progress, settled=True)
+        with watch.stage("time the dense network and the floor"):
+            floor_ms = bench.anchor(floor)
         with watch.stage("time some networks between") as progress:  # they correct predictions: one session will do
-            measured += bench.time(others, progress)
+            measured = [floor_ms, *bench.time(others, progress)]
         networks = tuple(Measured(u, costs.predict_ms(u), ms) for u, ms in zip(units, measured, strict=True))
         found = Preflight(bench.reference_ms, bench.noise, networks[0], networks)
         run.write("preflight.json", PREFLIGHT, found)

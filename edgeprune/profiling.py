@@ -16,10 +16,10 @@ from torch import nn
 
 from . import allocate, files, importance, measure, store, widths
 from .allocate import Costs
+from .bench import Bench
 from .config import INTERVAL, CompressSection
 from .graph import Example, ModelGraph, trace
 from .measure import Filled
-from .planning import Bench
 from .records import Layer
 from .table import Surface
 from .target import Target

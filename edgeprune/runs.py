@@ -9,7 +9,8 @@ step-1/plan.json      widths, units kept, predicted and measured latency
 floors.json           metrics of each trained network on the search split, where floors were asked for
 step-1/*.safetensors  checkpoints; weights.safetensors when the step is done
 model.safetensors     the pruned network's weights; with recipe.json it is rebuilt from the original class
-dense/ artifact/      exported files
+dense/ floor/         exported files of the network and of the smallest that it can become
+artifact/             of the pruned one
 verify.json report.html
 """
 
