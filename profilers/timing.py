@@ -59,7 +59,7 @@ def visited_in_turn(
     while True:
         times = often or [1] * len(visit)
         late = time.perf_counter() - began > budget_s
-        bounds = [[1 + (rounds - 1) * n for rounds in (least, most)] for n in times]  # the first round had one visit
+        bounds = [(1 + (least - 1) * n, 1 + (most - 1) * n) for n in times]  # the first round had one visit
         open_ = [i for i, v in enumerate(visits) if _wants_more(v, *bounds[i], interval, late)]
         if not open_:
             break
