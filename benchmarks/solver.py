@@ -4,6 +4,7 @@
     python benchmarks/solver.py figures --made-up --networks DenseNet-121     on latencies from a formula
     python benchmarks/solver.py compress     cut to 0.8, 0.6, 0.4 of the dense latency and to the floor, and measure
     python benchmarks/solver.py steps        what the plans of each solver take as they come, without a second try
+    python benchmarks/solver.py sessions     the same networks session after session: what is left of the differences
     python benchmarks/solver.py table        print what there is
 
 Every network is a result file of its own, and every budget of `compress` a row of it: what exists is not done again.
@@ -26,8 +27,10 @@ import numpy as np
 import record
 import torch
 from networks import NETWORKS, Network
+from numpy.typing import NDArray
 
 from edgeprune import allocate, importance, knapsack, measure, planning, store, widths
+from edgeprune import bench as benches
 from edgeprune.allocate import Costs
 from edgeprune.bench import Bench
 from edgeprune.graph import ModelGraph, trace
@@ -46,11 +49,12 @@ STEPS = (1, 5, 30)
 PATIENCE_S = 600.0  # in all, for a busy machine to become calm
 SESSIONS = 3  # measurements in the end; the median counts
 FLOOR_ROOM = 1.02  # the budget at the floor, in floors
+BETWEEN, REPEATS = (0.75, 0.5, 0.25, 0.1), 12  # of the way from the floor to the dense network, logarithmic; sessions
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("figures", "compress", "steps", "table"))
+    parser.add_argument("what", choices=("figures", "compress", "steps", "sessions", "table"))
     parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS))
     parser.add_argument("--made-up", action="store_true", help="a staircase of 16 channels instead of measuring")
     asked = parser.parse_args()
@@ -63,6 +67,8 @@ def main() -> None:
         _with_target(compress, asked.networks or SOLVED)
     elif asked.what == "steps":
         _each(asked.networks or SOLVED, "solver/steps", steps)
+    elif asked.what == "sessions":
+        _each(asked.networks or SOLVED, "solver/sessions", sessions)
     print_tables()
 
 
@@ -268,6 +274,32 @@ def steps(network: Network, target: Target) -> dict[str, Any]:
     return {"dense_ms": start.dense_ms, "noise": bench.noise, "rows": rows}
 
 
+def sessions(network: Network, target: Target) -> dict[str, Any]:
+    """The floor, loaded once more, and networks above it, in session after session."""
+    with _calibrated(network, target) as (bench, costs, scores, start):
+        dense_ms, floor_ms = start.dense_ms, start.floor.measured_ms
+        budgets = [dense_ms**share * floor_ms ** (1 - share) for share in sorted(BETWEEN)]
+        plans = [start.floor.units, *(allocate.solve(costs, scores, budget).widths for budget in budgets)]
+        assert bench.floor is not None
+        with bench.built([importance.best(scores, units) for units in plans]) as artifacts:
+            networks = [bench.dense, bench.floor, *artifacts]
+            held = [measure.time_networks(networks, target, benches.SESSION_S) for _ in range(REPEATS)]
+        as_measured = np.array([[timing.median_ms for timing in timings] for timings in held])
+        by_both = np.array(bench.at_first(held))
+    return {
+        "dense_ms": as_measured[:, 0].tolist(),
+        "floor_ms": as_measured[:, 1].tolist(),
+        "rows": [
+            {"as_measured_ms": ms.tolist(), "by_dense": _apart(ms / as_measured[:, 0]), "by_both": _apart(both)}
+            for ms, both in zip(as_measured.T[1:], by_both.T[1:], strict=True)
+        ],
+    }
+
+
+def _apart(values: NDArray[np.float64]) -> float:
+    return float(values.std(ddof=1) / values.mean())
+
+
 # ---- tables --------------------------------------------------------------------------------------------------
 
 
@@ -296,6 +328,16 @@ def print_tables() -> None:
     if rows:
         solvers = ["exact", *(f"K={k}" for k in STEPS)]
         head = ["network", "budget / dense", *(f"{name}: off, value lost" for name in solvers)]
+        print(record.table(head, rows), end="\n\n")
+    rows = []
+    for name in SOLVED:
+        found = record.load(f"solver/sessions-{name}")
+        for row in found["rows"][1:] if found else ():
+            ms = np.array(row["as_measured_ms"])
+            spreads = [f"{one:.1%}" for one in (_apart(ms), row["by_dense"], row["by_both"])]
+            rows.append([name, f"{np.median(ms):.2f}", f"{ms.min():.2f} to {ms.max():.2f}", *spreads])
+    if rows:
+        head = ["network", "ms, median session", "sessions", "spread: as measured", "by the dense network", "by both"]
         print(record.table(head, rows), end="\n\n")
     rows = []
     for name in NETWORKS:

@@ -159,7 +159,7 @@ class Bench:
         """What the dense network took at first; these sessions are the first where there was none."""
         return self.reference_ms or statistics.median(timings[0].median_ms for timings in sessions)
 
-    def _at_first(self, sessions: Sequence[Sequence[Timing]]) -> list[list[float]]:
+    def at_first(self, sessions: Sequence[Sequence[Timing]]) -> list[list[float]]:
         """Milliseconds of every network in each session, as if dense and floor had taken what they did at first."""
         dense_ms = self._dense_ms(sessions)
         found = []
@@ -171,7 +171,7 @@ class Bench:
         return found
 
     def _found_ms(self, sessions: Sequence[Sequence[Timing]]) -> list[float]:
-        return [statistics.median(of_one) for of_one in zip(*self._at_first(sessions), strict=True)]
+        return [statistics.median(of_one) for of_one in zip(*self.at_first(sessions), strict=True)]
 
     def _outside(self, sessions: Sequence[Sequence[Timing]], between: tuple[float, float], noise: float) -> bool:
         """Whether every network is further from there than two measurements that lie `noise` apart are uncertain."""
@@ -185,7 +185,7 @@ class Bench:
         Where the dense network and the floor are what sessions are corrected by, theirs is that of copies.
         """
         found = []
-        for at, each_ms in enumerate(zip(*self._at_first(sessions), strict=True)):
+        for at, each_ms in enumerate(zip(*self.at_first(sessions), strict=True)):
             middle_ms, times = statistics.median(each_ms), len(each_ms)
             copies = [measure.spread([timings[at]]) for timings in sessions]
             apart = math.hypot(*copies) / math.sqrt(times) / _middle(times * (measure.COPIES - 1))
