@@ -30,9 +30,8 @@ from networks import NETWORKS, Network
 from numpy.typing import NDArray
 
 from edgeprune import allocate, importance, knapsack, measure, planning, store, widths
-from edgeprune import bench as benches
 from edgeprune.allocate import Costs
-from edgeprune.bench import Bench
+from edgeprune.bench import SESSION_S, Bench
 from edgeprune.graph import ModelGraph, trace
 from edgeprune.importance import Importance
 from edgeprune.planning import Aim, Preflight
@@ -283,7 +282,7 @@ def sessions(network: Network, target: Target) -> dict[str, Any]:
         assert bench.floor is not None
         with bench.built([importance.best(scores, units) for units in plans]) as artifacts:
             networks = [bench.dense, bench.floor, *artifacts]
-            held = [measure.time_networks(networks, target, benches.SESSION_S) for _ in range(REPEATS)]
+            held = [measure.time_networks(networks, target, SESSION_S) for _ in range(REPEATS)]
         as_measured = np.array([[timing.median_ms for timing in timings] for timings in held])
         by_both = np.array(bench.at_first(held))
     return {

@@ -105,8 +105,9 @@ def test_beside_something_slow_what_is_fast_is_visited_several_times_a_round(pro
 
     found = timing.visited_in_turn([partial(of, ms) for ms in (200.0, 100.0, 20.0, 5.0, 0.1)], 7, 60, 0.01, 60.0)
     assert [len(one["samples_ms"]) for one in found] == [7, 7, 13, 25, 25]
-    rounds = [visited[:5]] + [visited[at : at + 12] for at in range(5, len(visited), 12)]
-    assert all(sorted(one) == sorted([200.0, 100.0] + 2 * [20.0] + 4 * [5.0] + 4 * [0.1]) for one in rounds[1:-1])
+    rounds = [visited[at : at + 12] for at in range(5, len(visited), 12)]  # after the first, of five visits
+    assert len(rounds) == 6
+    assert all(sorted(one) == sorted([200.0, 100.0] + 2 * [20.0] + 4 * [5.0] + 4 * [0.1]) for one in rounds)
     visited.clear()
     timing.visited_in_turn([partial(of, ms) for ms in (39.0, 0.1)], 7, 60, 0.01, 60.0)
     assert visited.count(39.0) == visited.count(0.1) == 7
